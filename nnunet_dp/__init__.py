@@ -1,0 +1,24 @@
+"""Patient-level differentially private training for nnU-Net v2.
+
+The package is the core; nnU-Net enters through two thin doors, :mod:`nnunet_dp.trainers` (classes for
+``nnUNetv2_train -tr``) and :mod:`nnunet_dp.postprocessing`. Importing this module imports neither torch nor
+nnunetv2, so that the command line answers at once.
+
+Example:
+    >>> import nnunet_dp
+    >>> nnunet_dp.TRAINER_NAMES[0]
+    'nnUNetTrainerDP'
+"""
+
+__version__ = "0.1.0"
+
+TRAINER_NAMES: tuple[str, ...] = (
+    "nnUNetTrainerDP",
+    "nnUNetTrainerDP_AutoS",
+    "nnUNetTrainerDP_AutoV",
+    "nnUNetTrainerDP_NSGD",
+    "nnUNetTrainerDP_PSAC",
+    "nnUNetTrainerDP_Quantile",
+    "nnUNetTrainerDP_PerLayer",
+)
+"""Class names that ``-tr`` accepts: one per clip rule, the plain name clips flat."""

@@ -1,0 +1,332 @@
+"""The command ``nnunet-dp``: parses, calls one function of the core, prints; nothing is decided here.
+
+=========  ===============================================  =====================================
+command    calls                                            prints
+=========  ===============================================  =====================================
+link       :func:`nnunet_dp.link.link`, ``unlink``          where the shim lies
+env        :func:`nnunet_dp.link.external_trainer_export`   one line for the shell
+phantom    :func:`nnunet_dp.phantoms.write_dataset`         the folder and what to type next
+plan       :func:`nnunet_dp.nnunet.plan_dataset`            the plan as a table or as JSON
+status     :func:`nnunet_dp.status.read_status`             what was spent, as a table or as JSON
+=========  ===============================================  =====================================
+
+Exit codes: 0 ok, 1 a check failed, 2 usage, 3 the budget refuses, 130 interrupted. Expected errors are one
+line on stderr; ``nnunet-dp --debug COMMAND`` shows the traceback. Tracebacks never show the values of local
+variables, which may be private. The core is imported inside the commands, so that ``--help`` answers at once.
+
+Example:
+    >>> main(["--version"])
+    nnunet-dp 0.1.0
+    0
+"""
+
+import enum
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nnunet_dp import TRAINER_NAMES, __version__
+from nnunet_dp.errors import Refusal, UsageRefusal
+
+Progress = Callable[[int, int], None]
+"""Told (cases done, cases in all) after each case."""
+
+_WORKFLOW = """Patient-level differentially private training for nnU-Net v2.
+
+\b
+  nnunet-dp link                                           once: nnU-Net finds the trainers
+  nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres          as always
+  nnunet-dp plan -d 4 -c 3d_fullres --epsilon 8            the privacy plan
+  nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
+
+Then `nnunet-dp status FOLD_FOLDER` tells what was spent. No data at hand? `nnunet-dp phantom` makes some.
+"""
+
+# No pretty exceptions: they print local variables, and those may be private.
+app = typer.Typer(
+    name="nnunet-dp",
+    help=_WORKFLOW,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@dataclass
+class _Settings:
+    debug: bool = False
+
+
+class Compute(str, enum.Enum):
+    """How long a schedule the plan may ask for."""
+
+    full = "full"
+    small = "small"
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: What follows the program's name; None takes them from the shell.
+
+    Returns:
+        The exit code for the shell.
+    """
+    settings = _Settings()
+    try:
+        app(args=arguments, prog_name="nnunet-dp", obj=settings)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except KeyboardInterrupt:
+        return 130
+    except (Refusal, ValueError, OSError) as error:
+        if settings.debug:
+            raise
+        typer.echo(f"nnunet-dp: {_one_line(error)}", err=True)
+        return error.exit_code if isinstance(error, Refusal) else Refusal.exit_code
+    return 0
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"nnunet-dp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an expected error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    context.obj.debug = debug
+
+
+@app.command("link")
+def link_command(
+    remove: Annotated[bool, typer.Option("--remove", help="Take the link away again.")] = False,
+) -> None:
+    """Make the trainers visible to nnUNetv2_train and nnUNetv2_predict.
+
+    Writes one small module into the installed nnunetv2. It answers only to the names of these trainers and
+    disturbs no other. Needed once per environment; where the environment is read-only see `nnunet-dp env`.
+
+    \b
+    Example:
+      nnunet-dp link
+      nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS
+    """
+    from nnunet_dp.link import link, unlink
+
+    if remove:
+        typer.echo("Removed the link." if unlink() else "There was no link to remove.")
+        return
+    typer.echo(f"nnU-Net now finds {', '.join(TRAINER_NAMES)}.\nThe link is {link()}")
+
+
+@app.command("env")
+def env_command() -> None:
+    """Print the shell line that makes the trainers visible without writing anything.
+
+    For installations that are read-only (containers, clusters): nnU-Net looks into the folders named by
+    nnUNet_extTrainer. A value that is already set is kept and added to.
+
+    \b
+    Example:
+      eval "$(nnunet-dp env)"
+    """
+    from nnunet_dp.link import external_trainer_export
+
+    typer.echo(external_trainer_export(os.environ))
+
+
+@app.command("phantom")
+def phantom_command(
+    out: Annotated[Path, typer.Argument(help="Folder in which the dataset's own folder is made.")],
+    kind: Annotated[str, typer.Option(help="hippocampus (3D, two classes) or lesion (2D RGB).")],
+    patients: Annotated[int, typer.Option(min=1, help="Training patients; some have two cases.")],
+    seed: Annotated[int, typer.Option(help="The same seed draws the same data.")],
+    dataset_id: Annotated[
+        int | None, typer.Option("--id", min=1, max=999, help="nnU-Net's dataset number.")
+    ] = None,
+    test_patients: Annotated[int, typer.Option(min=0, help="Further patients, held out for testing.")] = 0,
+    shape: Annotated[str | None, typer.Option(help="Voxels along each axis, such as 20,24,20.")] = None,
+) -> None:
+    """Draw an artificial dataset: public, so it costs no privacy.
+
+    3D kinds are written as the Medical Segmentation Decathlon lays them out (TaskXXX_Name), 2D kinds as
+    nnU-Net's raw data (DatasetXXX_Name); patients.csv says which cases belong to one patient.
+
+    \b
+    Example:
+      nnunet-dp phantom data --kind hippocampus --patients 40 --seed 1 --id 301
+    """
+    from nnunet_dp.phantoms import write_dataset
+
+    voxels = _parse_shape(shape)
+    with _progress("Drawing cases") as progress:
+        folder = write_dataset(
+            out,
+            kind,
+            patients,
+            seed,
+            dataset_id=dataset_id,
+            shape=voxels,
+            test_patients=test_patients,
+            progress=progress,
+        )
+    typer.echo(f"Wrote {folder}\nNext: {_after_phantom(folder)}")
+
+
+@app.command("plan")
+def plan_command(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="Such as 2d or 3d_fullres.")],
+    epsilon: Annotated[float, typer.Option(help="The budget: 8 is usual, 1 is strict.")],
+    delta: Annotated[
+        float | None, typer.Option(help="Default: 1/(10 patients) as a power of ten, at most 1e-5.")
+    ] = None,
+    patients: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="CSV of case,patient. Default: the raw data's own."),
+    ] = None,
+    patient_column: Annotated[
+        str | None, typer.Option(help="Column that names the unit. Default: patient.")
+    ] = None,
+    plans: Annotated[
+        str, typer.Option("-p", "--plans", help="nnU-Net's plans to start from.")
+    ] = "nnUNetPlans",
+    output: Annotated[
+        str | None,
+        typer.Option("-o", "--output", help="The new plans' name. Default: <plans>DP_eps<epsilon>."),
+    ] = None,
+    compute: Annotated[Compute, typer.Option(help="small: a shorter schedule, and recorded.")] = Compute.full,
+    public_weights: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Declare this file public for -pretrained_weights."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that differs.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a privacy budget into plans that nnUNetv2_train -p understands.
+
+    Reads only the budget and public facts (how many patients, nnU-Net's plans), never an image. The new plans
+    lie beside nnU-Net's and use the same preprocessed data. The same command again changes nothing.
+
+    \b
+    Example:
+      nnunet-dp plan -d 4 -c 3d_fullres --epsilon 8
+      nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
+    """
+    from nnunet_dp.nnunet import plan_dataset
+
+    report = plan_dataset(
+        dataset,
+        configuration,
+        epsilon,
+        delta,
+        patients_file=patients,
+        patient_column=patient_column,
+        plans=plans,
+        output=output,
+        compute=compute.value,
+        public_weights=public_weights,
+        overwrite=overwrite,
+    )
+    _show(report, as_json)
+    if not as_json:
+        typer.echo("Written." if report.changed else "Nothing changed: this plan was there already.")
+        typer.echo(f"Next: {_train_command(dataset, configuration, report.plans_name)}")
+
+
+@app.command("status")
+def status_command(
+    fold_folder: Annotated[
+        Path, typer.Argument(exists=True, file_okay=False, help="The model's fold, such as .../fold_0.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Tell what a training has spent, computed from its ledger. Safe while the training runs.
+
+    Prints epsilon with its unit (the patient, or the case where nobody said which cases belong together), of
+    this run and of the whole dataset, and what the claim does and does not cover.
+
+    \b
+    Example:
+      nnunet-dp status $nnUNet_results/Dataset004_Hippocampus/MODEL/fold_0 --json
+    """
+    from nnunet_dp.status import read_status
+
+    _show(read_status(fold_folder), as_json)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _parse_shape(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UsageRefusal(f"--shape should be whole numbers above 0, found {text!r}; type: --shape 20,24,20")
+    return tuple(int(part) for part in parts)
+
+
+def _after_phantom(folder: Path) -> str:
+    number = int(re.sub(r"\D", "", folder.name.split("_")[0]))
+    preprocess = f"nnUNetv2_plan_and_preprocess -d {number}"
+    if folder.name.startswith("Task"):
+        return f"nnUNetv2_convert_MSD_dataset -i {folder} && {preprocess} -c 3d_fullres"
+    return f'export nnUNet_raw="{folder.parent.resolve()}" && {preprocess} -c 2d'
+
+
+def _train_command(dataset: str, configuration: str, plans_name: str) -> str:
+    return f"nnUNetv2_train {dataset} {configuration} 0 -tr nnUNetTrainerDP_AutoS -p {plans_name}"
+
+
+def _show(report: Any, as_json: bool) -> None:
+    """Prints a report: label and value side by side, never wrapped, so that paths can be copied."""
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    lines = report.lines()
+    width = max((len(label) for label, _ in lines), default=0)
+    for label, value in lines:
+        typer.echo(f"{label:<{width}}  {value}")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Progress]:
+    """A bar where someone watches, otherwise a plain line at every tenth; both on stderr."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: _plain_line(title, done, total)
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain_line(title: str, done: int, total: int) -> None:
+    tenth = max(-(-total // 10), 1)
+    if done % tenth == 0 or done == total:
+        typer.echo(f"{title}: {done} of {total}", err=True)

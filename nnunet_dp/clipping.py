@@ -1,0 +1,205 @@
+"""Clip rules: what one patient's gradient may contribute to the sum that is noised.
+
+A rule is a frozen value with two parts: a ``bound`` S, the largest L2 norm that one patient's contribution can have, and
+one pure function from the norm n of that patient's gradient to the factor it is multiplied with. The noise reads its
+scale from the bound of the sum it is added to, never from a second number.
+
+=========  ====================  =====  =====================================================================
+name       factor                S      source
+=========  ====================  =====  =====================================================================
+flat       min(1, C / n)         C      Abadi et al. 2016, arXiv:1607.00133
+auto_v     C / n                 C      Bu et al. 2023, arXiv:2206.07136
+auto_s     C / (n + gamma)       C      Bu et al. 2023, arXiv:2206.07136
+nsgd       1 / (n + r)           1      Yang et al. 2022, arXiv:2206.13033 (S is 1 whatever r is)
+psac       C / (n + r / (n + r)) C      Xia et al. 2023, arXiv:2212.00328
+quantile   min(1, C_t / n)       C_t    Andrew et al. 2021, arXiv:1905.03871 (C_t follows a noised count)
+per_layer  min(1, C_l / n_l)     C      each layer clamped to C_l = C / sqrt(layers)
+=========  ====================  =====  =====================================================================
+
+>>> import torch
+>>> rule = make_rule("auto_s", {"bound": 1.0, "regulariser": 0.01})
+>>> float(rule.factors(torch.tensor([0.99], dtype=torch.float64))) < 1.0
+True
+
+Edge cases, the same for every rule: a norm that is NaN, infinite or at least ``LARGEST_NORM`` makes the whole
+contribution zero; a norm of zero contributes zero.
+
+Design note: in float32 a factor C / n applied to 340 000 numbers can return a norm of 1.000002 C. The norm is therefore
+taken in float64 and each factor shrunk by ``SAFETY`` = 1 - 2^-16, which costs nothing one could measure and makes the
+bound hold without tolerance. Above ``LARGEST_NORM`` the factor would be subnormal in float32 and too coarse to promise
+anything.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+SAFETY = 1.0 - 2.0**-16
+LARGEST_NORM = 1e30
+SMALLEST_NORM = 1e-12
+
+
+@dataclass(frozen=True)
+class ClipRule(ABC):
+    """A bound and the factor that keeps every contribution below it.
+
+    Formal guarantee:
+        For every gradient g split into groups of norms n, the vector ``factors(n) * g`` has an L2 norm of at most
+        ``bound``, in the dtype in which it is summed, without tolerance.
+    """
+
+    bound: float
+
+    def __post_init__(self) -> None:
+        """Refuse a bound that is not a positive finite number."""
+        if not (math.isfinite(self.bound) and self.bound > 0):
+            raise ValueError(f"a clipping bound must be a positive finite number, found {self.bound}")
+
+    def groups(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Group index of each parameter: one group for all, unless the rule clips groups apart."""
+        return (0,) * len(names)
+
+    def factors(self, norms: Tensor) -> Tensor:
+        """Factor for each group.
+
+        Args:
+            norms: float64 tensor [groups], the L2 norm of the patient's gradient in each group.
+
+        Returns:
+            float64 tensor [groups]; all zero where any norm is not usable.
+        """
+        if not self.usable(norms):
+            return torch.zeros_like(norms)
+        return self._factors(norms) * SAFETY
+
+    @staticmethod
+    def usable(norms: Tensor) -> bool:
+        """Whether every norm is a finite number small enough for float32 factors."""
+        return bool((torch.isfinite(norms) & (norms < LARGEST_NORM)).all())
+
+    @abstractmethod
+    def _factors(self, norms: Tensor) -> Tensor:
+        """The rule's formula on usable norms."""
+
+
+@dataclass(frozen=True)
+class Flat(ClipRule):
+    """min(1, C / n): gradients shorter than C pass unchanged."""
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        return (self.bound / norms).clamp(max=1.0)
+
+
+@dataclass(frozen=True)
+class AutoV(ClipRule):
+    """C / n: every gradient is scaled to length C; below ``SMALLEST_NORM`` it contributes nothing."""
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        return torch.where(norms < SMALLEST_NORM, torch.zeros_like(norms), self.bound / norms)
+
+
+@dataclass(frozen=True)
+class AutoS(ClipRule):
+    """C / (n + gamma): scaled to nearly C, with a little of the norm's own size kept."""
+
+    regulariser: float = 0.01
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        return self.bound / (norms + self.regulariser)
+
+
+@dataclass(frozen=True)
+class Nsgd(ClipRule):
+    """1 / (r + n), whose bound is 1 whatever r is: noise must not scale with r."""
+
+    bound: float = 1.0
+    regulariser: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse any bound but 1 and a regulariser that is not positive."""
+        if self.bound != 1.0 or not self.regulariser > 0:
+            raise ValueError(f"NSGD has bound 1 and a positive r, found bound {self.bound}, r {self.regulariser}")
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        return 1.0 / (norms + self.regulariser)
+
+
+@dataclass(frozen=True)
+class Psac(ClipRule):
+    """C / (n + r / (n + r)): per-sample adaptive clipping; the contribution rises monotonically to C."""
+
+    regulariser: float = 0.1
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        r = self.regulariser
+        return self.bound / (norms + r / (norms + r))
+
+
+@dataclass(frozen=True)
+class QuantileAdaptive(Flat):
+    """Flat clipping whose threshold follows a quantile of the norms, seen only through a noised count.
+
+    The drawn patients' sum of (1{n <= C} - 1/2) changes by at most 1/2 when one patient is zeroed out; it shares the
+    draw with the gradient and is accounted with it as one event (``mechanisms.GaussianWithCount``).
+    """
+
+    target_quantile: float = 0.5
+    learning_rate: float = 0.2
+    smallest_bound: float = 1e-4
+    largest_bound: float = 1e4
+
+    def centred_indicator(self, norm: float) -> float:
+        """1{n <= C} - 1/2; a norm that is not usable counts as above."""
+        return 0.5 if norm <= self.bound else -0.5
+
+    def updated(self, noised_count: float, expected_batch: float) -> QuantileAdaptive:
+        """The rule for the next step, from the released count divided by the public expected batch."""
+        fraction_below = noised_count / expected_batch + 0.5
+        exponent = -self.learning_rate * (fraction_below - self.target_quantile)
+        bound = self.bound * math.exp(max(-50.0, min(50.0, exponent)))
+        return replace(self, bound=min(self.largest_bound, max(self.smallest_bound, bound)))
+
+
+@dataclass(frozen=True)
+class PerLayer(ClipRule):
+    """Each layer clamped to C / sqrt(layers): no layer's gradient drowns another's."""
+
+    def groups(self, names: Sequence[str]) -> tuple[int, ...]:
+        """Parameters of one module (weight and bias) form one layer."""
+        layers: dict[str, int] = {}
+        return tuple(layers.setdefault(name.rpartition(".")[0], len(layers)) for name in names)
+
+    def _factors(self, norms: Tensor) -> Tensor:
+        return (self.bound / math.sqrt(len(norms)) / norms).clamp(max=1.0)
+
+
+_RULES: dict[str, type[ClipRule]] = {
+    "flat": Flat,
+    "auto_s": AutoS,
+    "auto_v": AutoV,
+    "nsgd": Nsgd,
+    "psac": Psac,
+    "quantile": QuantileAdaptive,
+    "per_layer": PerLayer,
+}
+RULE_NAMES = tuple(_RULES)
+
+
+def make_rule(name: str, constants: Mapping[str, float]) -> ClipRule:
+    """The rule of that name; the set of rules is closed, because each must keep its bound.
+
+    Raises:
+        ValueError: for a name or a constant that no rule has.
+    """
+    if name not in _RULES:
+        raise ValueError(f"unknown clip rule {name!r}; known: {', '.join(RULE_NAMES)}")
+    try:
+        return _RULES[name](**constants)
+    except TypeError as error:
+        raise ValueError(f"clip rule {name!r}: {error}") from None

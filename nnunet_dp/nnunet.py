@@ -1,0 +1,506 @@
+"""Everything this package asks of nnU-Net: the only core file that imports ``nnunetv2``.
+
+Datasets and their units, private plans from ordinary ones, patches of one patient, the network's admission, what a
+finished checkpoint may hold. The trainers (``nnunet_dp.trainers``) call these functions and contain no algorithm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
+
+from nnunet_dp.accounting import PrivacyBudget, default_delta, epsilon
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.patients import (
+    Patients,
+    cases_as_units,
+    check_splits,
+    digest,
+    make_splits,
+    read_patients,
+    write_canonical,
+)
+from nnunet_dp.planning import NOT_COVERED, Compute, ConfigurationPlan, PrivacySection, plan_configuration
+from nnunet_dp.plans import plans_name, read_section, shrunk_architecture, with_section, write_json
+
+LEDGER = "privacy_ledger.jsonl"
+PATIENTS = "patients.csv"
+SPLITS = "splits_final.json"
+DEFAULT_EPSILON = 8.0
+
+
+# ---- datasets and their units ------------------------------------------------------------------------------------
+
+
+def preprocessed_folder(dataset: str) -> Path:
+    """The dataset's preprocessed folder; ``dataset`` is an id or a name.
+
+    Raises:
+        UsageRefusal: when nnU-Net does not know the dataset or it was not planned.
+    """
+    if not nnUNet_preprocessed.is_set():
+        raise UsageRefusal("nnUNet_preprocessed is not set: export nnUNet_raw, nnUNet_preprocessed, nnUNet_results")
+    try:
+        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
+    except (RuntimeError, ValueError):
+        raise UsageRefusal(f"nnU-Net knows no dataset {dataset!r} below nnUNet_raw or nnUNet_preprocessed") from None
+    folder = Path(str(nnUNet_preprocessed)) / name
+    if not (folder / "dataset.json").is_file():
+        raise UsageRefusal(f"{name} is not preprocessed: run `nnUNetv2_plan_and_preprocess -d {dataset}` first")
+    return folder
+
+
+def dataset_cases(folder: Path) -> list[str]:
+    """All training cases of a preprocessed dataset, sorted: the public slots.
+
+    Raises:
+        UsageRefusal: when the folder holds no reference segmentations yet.
+    """
+    ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+    references = folder / "gt_segmentations"
+    names = [file.name for file in references.glob(f"*{ending}")] if references.is_dir() else []
+    if not names:
+        raise UsageRefusal(f"{folder.name} holds no gt_segmentations: run `nnUNetv2_plan_and_preprocess` first")
+    return sorted(name[: -len(ending)] for name in names)
+
+
+def find_patients(folder: Path, file: Path | None = None, column: str | None = None, replace: bool = False) -> Patients:
+    """The dataset's units, with the canonical ``patients.csv`` kept in the preprocessed folder.
+
+    The file is looked for as given, then in the raw dataset folder, then in the preprocessed folder. Without any, every
+    case is its own unit.
+
+    Args:
+        folder: the preprocessed dataset folder.
+        file: a file named by the user.
+        column: its column that names the unit.
+        replace: whether a differing copy may be replaced (never once the ledger holds charges).
+    """
+    cases, kept = dataset_cases(folder), folder / PATIENTS
+    raw = Path(str(nnUNet_raw)) / folder.name / PATIENTS if nnUNet_raw.is_set() else None
+    source = file or (raw if raw is not None and raw.is_file() else None)
+    if source is None:
+        return read_patients(kept, None, cases) if kept.is_file() else cases_as_units(cases)
+    if file is None and column is None and kept.is_file():
+        column = read_patients(kept, None, cases).column  # the column chosen when the copy was made
+    patients = read_patients(source, column, cases)
+    _keep_patients(patients, kept, replace)
+    return patients
+
+
+def _keep_patients(patients: Patients, kept: Path, replace: bool) -> None:
+    fresh = kept.with_name(PATIENTS + ".new")
+    try:
+        changed = write_canonical(patients, fresh) != (digest(kept) if kept.is_file() else None)
+        if changed and kept.with_name(LEDGER).is_file():
+            raise Refusal(
+                "the patients file differs from the one that earlier trainings were charged with: charges per unit "
+                "cannot be added over different units; restore the file or start a new dataset id"
+            )
+        if changed and kept.is_file() and not replace:
+            raise UsageRefusal(f"{PATIENTS} in {kept.parent.name} groups cases differently: give --overwrite")
+        if changed:
+            os.replace(fresh, kept)
+    finally:
+        fresh.unlink(missing_ok=True)
+
+
+def find_splits(folder: Path, patients: Patients) -> list[dict[str, list[str]]]:
+    """The dataset's splits, made by patient with a keyed hash where none exist.
+
+    Raises:
+        Refusal: for a split with one patient on both sides.
+    """
+    file, cases = folder / SPLITS, dataset_cases(folder)
+    if not file.is_file():
+        splits = make_splits(patients, cases, key=f"nnunet_dp splits 1 {folder.name}".encode())
+        write_json(splits, file)  # type: ignore[arg-type]
+    splits = json.loads(file.read_text())
+    check_splits(splits, patients)
+    return splits
+
+
+# ---- private plans -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlanReport:
+    """What ``nnunet-dp plan`` decided and where it wrote it."""
+
+    plans_name: str
+    file: Path
+    changed: bool
+    configuration: str
+    section: PrivacySection
+    spent: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        plan = self.section.configurations[self.configuration]
+        return {
+            "plans_name": self.plans_name,
+            "file": str(self.file),
+            "changed": self.changed,
+            "configuration": self.configuration,
+            "epsilon": self.section.budget.epsilon,
+            "epsilon_planned": self.spent,
+            "delta": self.section.budget.delta,
+            "unit": self.section.budget.unit,
+            "relation": self.section.budget.relation,
+            "patients": self.section.patients,
+            "accountant": self.section.accountant,
+            "not_covered": list(self.section.not_covered),
+            **plan.model_dump(mode="json"),
+        }
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Label and value, for a table."""
+        return [("plans", self.plans_name), *describe(self.section, self.configuration, None)]
+
+
+def describe(section: PrivacySection, configuration: str, units: int | None) -> list[tuple[str, str]]:
+    """The plan in words: for the trainers' banner and for the planner's table."""
+    budget, plan = section.budget, section.configurations[configuration]
+    batch = f"{plan.sampling_probability:g} x training {budget.unit} slots"
+    if units is not None:
+        batch = f"{plan.sampling_probability * units:g} = {plan.sampling_probability:g} x {units} slots"
+    return [
+        ("guarantee", f"epsilon {budget.epsilon:g} at delta {budget.delta:g} per {budget.unit}"),
+        ("relation", f"{budget.relation}; {section.patients} units in the dataset; {section.accountant}"),
+        ("steps", f"{plan.steps}, {plan.patches_per_patient} patch a unit and step, schedule {plan.compute}"),
+        ("expected batch", batch),
+        ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
+        ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
+        ("covers", "; ".join(section.covers)),
+        ("NOT covered", "; ".join(section.not_covered)),
+    ]
+
+
+def plan_dataset(
+    dataset: str,
+    configuration: str,
+    epsilon: float,
+    delta: float | None = None,
+    *,
+    patients_file: Path | None = None,
+    patient_column: str | None = None,
+    plans: str = "nnUNetPlans",
+    output: str | None = None,
+    compute: Compute = "full",
+    public_weights: Path | None = None,
+    overwrite: bool = False,
+) -> PlanReport:
+    """Write private plans beside nnU-Net's; a pure function of the budget and public facts.
+
+    The same arguments again change nothing; another configuration is added to the file.
+
+    Raises:
+        UsageRefusal: for unknown datasets, plans or configurations, and for a differing plan of that name without
+            ``overwrite``.
+    """
+    folder = preprocessed_folder(dataset)
+    source = _read_plans(folder, plans)
+    patients = find_patients(folder, patients_file, patient_column, overwrite)
+    budget = PrivacyBudget(epsilon=epsilon, delta=delta or default_delta(patients.number), unit=patients.unit)
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    private, section = _private(source, configuration, dataset_json, folder, patients, budget, compute, public_weights)
+    name = output or plans_name(plans, epsilon)
+    file = folder / f"{name}.json"
+    private["plans_name"] = name
+    changed = _merge_into(file, private, section, configuration, overwrite)
+    return PlanReport(name, file, changed, configuration, section, _planned_epsilon(section, configuration))
+
+
+def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
+    """Ordinary plans turned private in memory, to the default budget and under their own name."""
+    folder = preprocessed_folder(plans["dataset_name"])
+    patients = find_patients(folder)
+    budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
+    return _private(plans, configuration, dataset_json, folder, patients, budget, "full", None)[0]
+
+
+def _private(
+    source: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    folder: Path,
+    patients: Patients,
+    budget: PrivacyBudget,
+    compute: Compute,
+    public_weights: Path | None,
+) -> tuple[dict[str, Any], PrivacySection]:
+    if configuration not in source["configurations"]:
+        known = ", ".join(source["configurations"])
+        raise UsageRefusal(f"plans {source['plans_name']} have no configuration {configuration}; they have: {known}")
+    manager = PlansManager(source).get_configuration(configuration)
+    if manager.previous_stage_name is not None:
+        raise Refusal("the cascade's second stage is not supported: it sees predictions of an earlier private model")
+    architecture = manager.configuration["architecture"]
+    plan = plan_configuration(
+        budget,
+        patients.number,
+        tuple(manager.patch_size),
+        architecture["arch_kwargs"]["strides"],
+        lambda features: count_parameters(source, configuration, dataset_json, features),
+        compute,
+    )
+    kept = folder / PATIENTS
+    section = PrivacySection(
+        budget=budget,
+        patients=patients.number,
+        patients_file_sha256=digest(kept) if kept.is_file() else None,
+        source_plans=source["plans_name"],
+        public_weights_sha256=file_sha256(public_weights) if public_weights else None,
+        not_covered=NOT_COVERED,
+        configurations={configuration: plan},
+    )
+    shrunk = {configuration: shrunk_architecture(architecture, plan.network.features_per_stage)}
+    return with_section(source, source["plans_name"], section, shrunk), section
+
+
+def _merge_into(
+    file: Path, private: dict[str, Any], section: PrivacySection, configuration: str, overwrite: bool
+) -> bool:
+    """Write the private plans, keeping what the file already plans for other configurations; whether it changed."""
+    if file.is_file():
+        old = json.loads(file.read_text())
+        before = read_section(old)
+        if before is None:
+            raise UsageRefusal(f"{file.name} holds plans without privacy: choose another name with -o")
+        same_budget = before.model_copy(update={"configurations": {}}) == section.model_copy(
+            update={"configurations": {}}
+        )
+        known = before.configurations.get(configuration)
+        if same_budget and known == section.configurations[configuration]:
+            return False
+        if not overwrite and not (same_budget and known is None):
+            raise UsageRefusal(
+                f"{file.name} already plans {configuration if same_budget else 'another budget'} differently: "
+                "give --overwrite to replace it, or another name with -o"
+            )
+        if same_budget:
+            for other, plan in before.configurations.items():
+                if other != configuration:
+                    private["configurations"][other] = old["configurations"][other]
+                    private["differential_privacy"]["configurations"][other] = plan.model_dump(mode="json")
+    write_json(private, file)
+    return True
+
+
+def _read_plans(folder: Path, plans: str) -> dict[str, Any]:
+    file = folder / f"{plans}.json"
+    if not file.is_file():
+        found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
+        raise UsageRefusal(f"{folder.name} has no plans {plans}; found: {found}. Run nnUNetv2_plan_and_preprocess")
+    content = json.loads(file.read_text())
+    if read_section(content) is not None:
+        raise UsageRefusal(f"{plans} are private plans already: start from the plans they were made from")
+    return content
+
+
+def _planned_epsilon(section: PrivacySection, configuration: str) -> float:
+    plan: ConfigurationPlan = section.configurations[configuration]
+    mechanism = plan.privacy_plan(section.budget, "flat", 1).mechanism
+    return epsilon([mechanism.event] * plan.steps, section.budget.delta)
+
+
+def count_parameters(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], features: tuple[int, ...]
+) -> int:
+    """Trainable parameters of the configuration's network with these features per stage; no memory is allocated."""
+    manager = PlansManager(plans)
+    configured = manager.get_configuration(configuration)
+    architecture = shrunk_architecture(configured.configuration["architecture"], features)
+    with torch.device("meta"):
+        network = get_network_from_plans(
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+            determine_num_input_channels(manager, configured, dataset_json),
+            manager.get_label_manager(dataset_json).num_segmentation_heads,
+            allow_init=False,
+            deep_supervision=True,
+        )
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+# ---- patches of one patient --------------------------------------------------------------------------------------
+
+
+class _ChosenCases(nnUNetDataLoader):
+    """nnU-Net's loader, told which cases to load instead of drawing them."""
+
+    chosen: list[str]
+
+    def get_indices(self) -> list[str]:
+        return self.chosen
+
+
+class PatchSource:
+    """A patient's cases -> K patches with their targets, by nnU-Net's own cropping, oversampling and transforms.
+
+    Foreground oversampling is a rule inside the patient: each patch tosses its own coin, from the patient's stream.
+
+    Args:
+        dataset: nnU-Net dataset holding the cases.
+        patches: number K of patches.
+        initial_patch_size: voxels cropped before the transforms.
+        patch_size: voxels delivered.
+        label_manager: nnU-Net's.
+        oversample: probability that a patch is centred on foreground.
+        transforms: nnU-Net's.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        patches: int,
+        initial_patch_size: Iterable[int],
+        patch_size: Iterable[int],
+        label_manager: Any,
+        oversample: float,
+        transforms: Any,
+    ) -> None:
+        self._patches = patches
+        self._loader = _ChosenCases(
+            dataset,
+            patches,
+            tuple(initial_patch_size),
+            tuple(patch_size),
+            label_manager,
+            oversample,
+            probabilistic_oversampling=True,
+            transforms=transforms,
+        )
+
+    def __call__(self, cases: tuple[str, ...]) -> tuple[np.ndarray, Any]:
+        """Images [K, channels, *spatial] and targets; cases are visited evenly, in an order drawn anew."""
+        order = np.random.permutation(len(cases))  # noqa: NPY002 - the patient's stream is the global generator
+        self._loader.chosen = [cases[order[k % len(cases)]] for k in range(self._patches)]
+        batch = self._loader.generate_train_batch()
+        target = batch["target"]
+        arrays = [t.numpy() for t in target] if isinstance(target, list) else target.numpy()
+        return batch["data"].numpy(), arrays
+
+
+# ---- admission ---------------------------------------------------------------------------------------------------
+
+_SAFE_TORCH = frozenset(
+    "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Identity Sequential ModuleList "
+    "InstanceNorm1d InstanceNorm2d InstanceNorm3d GroupNorm LayerNorm LeakyReLU ReLU GELU SiLU ELU PReLU Sigmoid "
+    "Softmax AvgPool2d AvgPool3d MaxPool2d MaxPool3d AdaptiveAvgPool2d AdaptiveAvgPool3d Upsample "
+    "Dropout Dropout2d Dropout3d".split()
+)
+_SAFE_BLOCKS = frozenset(
+    "PlainConvUNet ResidualEncoderUNet PlainConvEncoder ResidualEncoder UNetDecoder ConvDropoutNormReLU "
+    "StackedConvBlocks StackedResidualBlocks BasicBlockD BottleneckD".split()
+)
+
+
+def refuse_coupling(network: nn.Module) -> None:
+    """Refuse a network in which one patient could reach another's gradient or an un-noised buffer.
+
+    Raises:
+        Refusal: naming the module (BatchNorm, running statistics, buffers, anything unknown).
+    """
+    for name, module in network.named_modules():
+        kind, home = type(module).__name__, type(module).__module__
+        if "BatchNorm" in kind or getattr(module, "track_running_stats", False):
+            raise Refusal(f"{kind} at '{name}' couples patients or keeps un-noised statistics: use InstanceNorm")
+        known = (home.startswith("torch.nn.") and kind in _SAFE_TORCH) or (
+            home.startswith("dynamic_network_architectures.") and kind in _SAFE_BLOCKS
+        )
+        if not known:
+            raise Refusal(f"module {home}.{kind} at '{name}' was never examined for privacy: use nnU-Net's U-Nets")
+    for name, _ in network.named_buffers():
+        raise Refusal(f"the network keeps a buffer '{name}', which would be released without noise")
+
+
+@dataclass(frozen=True)
+class CallingOptions:
+    """Flags of ``nnUNetv2_train`` that nnU-Net does not tell its trainers."""
+
+    pretrained_weights: str | None = None
+    val_with_best: bool = False
+    disable_checkpointing: bool = False
+    only_run_validation: bool = False
+    num_gpus: int = 1
+    from_command_line: bool = False
+
+
+def calling_options() -> CallingOptions:
+    """The flags of the ``run_training`` call that made this trainer, read from its stack frame."""
+    frame, found, command_line = inspect.currentframe(), None, False
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "nnunetv2.run.run_training":
+            if frame.f_code.co_name == "run_training":
+                found = {k: frame.f_locals[k] for k in inspect.signature(CallingOptions).parameters
+                         if k in frame.f_locals}
+            command_line |= frame.f_code.co_name == "run_training_entry"
+        frame = frame.f_back
+    return CallingOptions(**{**(found or {}), "from_command_line": command_line})
+
+
+def file_sha256(file: Path | str) -> str:
+    """SHA-256 of a file's bytes."""
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def data_digest(folder: Path, slots: Mapping[str, tuple[str, ...]], plan: ConfigurationPlan) -> str:
+    """Digest of what a resumed run must find unchanged: slots, their files' names and sizes, and the plan.
+
+    Args:
+        folder: the configuration's preprocessed folder.
+        slots: the training patients and their cases.
+        plan: the configuration's private plan.
+    """
+    sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
+    mine = {case for cases in slots.values() for case in cases}
+    files = {name: size for name, size in sizes.items() if name.split(".")[0].removesuffix("_seg") in mine}
+    content = [plan.model_dump(mode="json"), {k: list(v) for k, v in slots.items()}, files]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies in bfloat16 natively: recent cards, processors with AMX tiles."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def results_folder(dataset: str) -> Path:
+    """nnU-Net's results folder of a dataset."""
+    return Path(str(nnUNet_results)) / dataset
+
+
+def final_checkpoint(
+    weights: dict[str, torch.Tensor], trainer: str, configuration: str, fold: int | str, mirroring: Any
+) -> dict[str, Any]:
+    """What a finished checkpoint may hold: averaged weights and what nnU-Net needs to load them; neutral elsewhere."""
+    return {
+        "network_weights": {name: tensor.cpu() for name, tensor in weights.items()},
+        "trainer_name": trainer,
+        "inference_allowed_mirroring_axes": mirroring,
+        "init_args": {"configuration": configuration, "fold": fold},
+        "optimizer_state": {},
+        "grad_scaler_state": None,
+        "logging": {},
+        "_best_ema": None,
+        "current_epoch": 0,
+    }

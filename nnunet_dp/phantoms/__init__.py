@@ -1,0 +1,253 @@
+"""Phantoms: random anatomy-like images with labels, for defaults, tests and public pre-training.
+
+A phantom dataset is public: it is made of random numbers and published anatomy, so nothing that is tuned or
+trained on it spends any privacy budget. `write_dataset` writes it the way the real thing arrives: 3D kinds
+as a Medical Segmentation Decathlon task (`nnUNetv2_convert_MSD_dataset` takes it from there), 2D kinds in
+nnU-Net's raw layout; in both, `patients.csv` says which cases belong to which patient.
+
+    >>> import tempfile
+    >>> folder = write_dataset(Path(tempfile.mkdtemp()), "lesion", patients=2, seed=1, shape=(32, 32))
+    >>> folder.name, (folder / "patients.csv").read_text().splitlines()[0]
+    ('Dataset302_PhantomLesion', 'case,patient')
+
+The pieces: `anatomy` holds what all kinds share, each kind is one file with a `KIND`. To add one, write the
+file and append it to `KINDS`.
+
+Design note: the files of a patient depend on (kind, seed, index, shape) only. The index counts training and
+test patients apart, so more patients of either sort change nothing in those that were there; only the
+*numbers* of the test cases follow those of the training cases. ITK writes gzip headers without time and
+name: equal images, equal bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+
+from nnunet_dp.errors import UsageRefusal
+
+from . import hippocampus, lesion
+from .anatomy import Kind, Patient, Scan, Shape
+
+__all__ = ["KINDS", "Kind", "Patient", "Scan", "write_dataset"]
+
+KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in (hippocampus.KIND, lesion.KIND)})
+
+Case = tuple[str, Patient, int]  # name, whose, which of the patient's
+
+
+def write_dataset(
+    out: Path,
+    kind: str,
+    patients: int,
+    seed: int,
+    *,
+    dataset_id: int | None = None,
+    cases_per_patient: tuple[int, int] | None = None,
+    shape: tuple[int, ...] | None = None,
+    test_patients: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write a phantom dataset.
+
+    Args:
+        out: Folder that receives the dataset's folder; made if it does not exist.
+        kind: One of `KINDS`.
+        patients: Number of training patients, >= 1.
+        seed: Seed, >= 0; the same arguments give the same bytes.
+        dataset_id: Number of the dataset, 1 to 999; default: that of the kind.
+        cases_per_patient: (lowest, highest) number of cases a patient has; default: that of the kind.
+        shape: Voxels of every image; default: realistic sizes, which vary between the cases of 3D kinds.
+        test_patients: Further, held-out patients, written to `imagesTs` and `labelsTs` and listed in
+            `patients_test.csv` (nnU-Net trains on none of them, so `patients.csv` does not name them).
+        progress: Called with (cases written, cases in all) after each case.
+
+    Returns:
+        The dataset's folder, `out/TaskXXX_Name` (3D) or `out/DatasetXXX_Name` (2D). It appears when it is
+            complete.
+
+    Raises:
+        UsageRefusal: An argument is out of range (a ValueError); the message says what is possible.
+        FileExistsError: The dataset's folder exists already.
+    """
+    chosen = _checked_kind(kind, shape)
+    low, high = _checked_counts(patients, test_patients, seed, cases_per_patient or chosen.cases_per_patient)
+    folder = _new_folder(Path(out), chosen, dataset_id)
+    training = _cases(chosen, seed, patients, (low, high), held_out=False, first_number=1)
+    test = _cases(chosen, seed, test_patients, (low, high), held_out=True, first_number=len(training) + 1)
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
+    try:
+        _write_all(partial, chosen, training, test, shape, progress)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+# ---- what may be asked for -----------------------------------------------------------------------
+
+
+def _checked_kind(name: str, shape: Shape | None) -> Kind:
+    """The kind of that name, or a refusal that lists them."""
+    if name not in KINDS:
+        raise UsageRefusal(
+            f"kind should be one of {', '.join(sorted(KINDS))}; found {name!r}. Type one of these."
+        )
+    kind = KINDS[name]
+    least = kind.smallest_shape
+    if shape is not None and (len(shape) != len(least) or np.any(np.less(shape, least))):
+        raise UsageRefusal(
+            f"shape of kind {name} should have {len(least)} axes of at least {least} voxels; "
+            f"found {tuple(shape)}. Give a larger shape, or none for the realistic one."
+        )
+    return kind
+
+
+def _checked_counts(patients: int, test_patients: int, seed: int, cases: tuple[int, int]) -> tuple[int, int]:
+    """The numbers of cases per patient, or a refusal about the first number out of range."""
+    if patients < 1:
+        raise UsageRefusal(f"patients should be at least 1; found {patients}. Ask for one patient or more.")
+    if test_patients < 0 or seed < 0:
+        raise UsageRefusal(
+            f"test_patients and seed should be at least 0; found {test_patients} and {seed}. Type 0 or more."
+        )
+    low, high = cases
+    if not 1 <= low <= high:
+        raise UsageRefusal(
+            f"cases_per_patient should be (lowest, highest) with 1 <= lowest <= highest; found {cases}. "
+            f"Give such a pair, or none for the default."
+        )
+    return low, high
+
+
+def _new_folder(out: Path, kind: Kind, dataset_id: int | None) -> Path:
+    """Where the dataset will lie; nothing may be there yet."""
+    number = kind.dataset_id if dataset_id is None else dataset_id
+    if not 1 <= number <= 999:
+        raise UsageRefusal(
+            f"dataset_id should be between 1 and 999; found {number}. Give such a number, or none for "
+            f"{kind.dataset_id}."
+        )
+    folder = out / f"{'Task' if kind.dimensions == 3 else 'Dataset'}{number:03d}_{kind.title}"
+    if folder.exists():
+        raise FileExistsError(
+            f"The dataset's folder should not exist yet; found {folder}. Remove it (rm -r '{folder}'), "
+            f"or choose another output folder or another dataset id."
+        )
+    return folder
+
+
+# ---- writing -------------------------------------------------------------------------------------
+
+
+def _cases(
+    kind: Kind, seed: int, patients: int, limits: tuple[int, int], held_out: bool, first_number: int
+) -> list[Case]:
+    """Names and streams of all cases, numbered through as in the Decathlon: hippocampus_001."""
+    cases: list[Case] = []
+    for index in range(patients):
+        patient = Patient(kind.name, seed, index, held_out)
+        for case in range(patient.number_of_cases(*limits)):
+            cases.append((f"{kind.name}_{first_number + len(cases):03d}", patient, case))
+    return cases
+
+
+def _write_all(
+    folder: Path,
+    kind: Kind,
+    training: list[Case],
+    test: list[Case],
+    shape: Shape | None,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Images and labels, then the small files that describe them."""
+    for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        (folder / part).mkdir(parents=True)
+    for done, (name, patient, case) in enumerate(training + test, start=1):
+        _write_case(folder, "Ts" if patient.held_out else "Tr", name, kind, kind.render(patient, case, shape))
+        if progress is not None:
+            progress(done, len(training) + len(test))
+    _write_patients(folder / "patients.csv", training)
+    if test:
+        _write_patients(folder / "patients_test.csv", test)
+    description = _decathlon(kind, training, test) if kind.dimensions == 3 else _raw(kind, training)
+    (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
+
+
+def _write_case(folder: Path, part: str, name: str, kind: Kind, scan: Scan) -> None:
+    """One image and its labels, in the layout of the kind."""
+    if kind.dimensions == 3:
+        channels = [_volume(np.rint(channel).astype(np.int16), scan.spacing_mm) for channel in scan.image]
+        image = channels[0] if len(channels) == 1 else sitk.JoinSeries(channels)
+        sitk.WriteImage(image, str(folder / f"images{part}" / f"{name}.nii.gz"), useCompression=True)
+        labels = _volume(scan.segmentation, scan.spacing_mm)
+        sitk.WriteImage(labels, str(folder / f"labels{part}" / f"{name}.nii.gz"), useCompression=True)
+    else:
+        colours = np.moveaxis(scan.image, 0, -1).clip(0, 255).astype(np.uint8)
+        picture = sitk.GetImageFromArray(colours, isVector=True)
+        sitk.WriteImage(picture, str(folder / f"images{part}" / f"{name}_0000.png"))
+        sitk.WriteImage(
+            sitk.GetImageFromArray(scan.segmentation), str(folder / f"labels{part}" / f"{name}.png")
+        )
+
+
+def _volume(voxels: np.ndarray, spacing_mm: tuple[float, ...]) -> sitk.Image:
+    """An ITK image of an array [x, y, z] whose axes run right, forward and up."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.transpose()))
+    image.SetSpacing(spacing_mm)
+    # ITK counts left, back and up as positive.
+    image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
+    return image
+
+
+def _write_patients(path: Path, cases: list[Case]) -> None:
+    """The table case,patient; training patients are P0001, P0002, ..., held-out ones T0001, ..."""
+    rows = [f"{name},{'T' if patient.held_out else 'P'}{patient.index + 1:04d}" for name, patient, _ in cases]
+    path.write_text("\n".join(["case,patient", *rows]) + "\n", encoding="utf-8")
+
+
+def _decathlon(kind: Kind, training: list[Case], test: list[Case]) -> dict[str, Any]:
+    """dataset.json of a Decathlon task; the converter needs modality, training, test and labels by number."""
+    return {
+        **_common(kind, training),
+        "release": "1.0",
+        "tensorImageSize": "3D" if len(kind.channel_names) == 1 else "4D",
+        "modality": {str(number): name for number, name in enumerate(kind.channel_names)},
+        "labels": {str(value): name for name, value in kind.labels.items()},
+        "numTest": len(test),
+        "training": [
+            {"image": f"./imagesTr/{name}.nii.gz", "label": f"./labelsTr/{name}.nii.gz"}
+            for name, *_ in training
+        ],
+        "test": [f"./imagesTs/{name}.nii.gz" for name, *_ in test],
+    }
+
+
+def _raw(kind: Kind, training: list[Case]) -> dict[str, Any]:
+    """dataset.json of nnU-Net's raw layout."""
+    return {
+        **_common(kind, training),
+        "channel_names": {str(number): name for number, name in enumerate(kind.channel_names)},
+        "labels": dict(kind.labels),
+        "file_ending": kind.file_ending,
+        "overwrite_image_reader_writer": "NaturalImage2DIO",
+    }
+
+
+def _common(kind: Kind, training: list[Case]) -> dict[str, Any]:
+    """What both forms of dataset.json say."""
+    return {
+        "name": kind.title,
+        "description": kind.description,
+        "reference": "nnunet_dp.phantoms: random numbers and published anatomy, no patient's data",
+        "licence": "CC0-1.0",
+        "numTraining": len(training),
+    }

@@ -1,0 +1,228 @@
+"""Self-configuration: a budget and public facts in, schedule, noise and network size out.
+
+nnU-Net lets the dataset configure the method; here the budget does too. Every rule below is a pure function of the
+budget and of facts that are public under the zero-out relation: the number of patients in the dataset, the plans'
+patch size and topology. None looks at the data, the fold or the hardware.
+
+The reasoning. Noise on the mean gradient has norm r = (sigma / B) sqrt(d) in units of the clipping bound, with B the
+expected batch and d the number of trainable parameters; at full batch sigma = sqrt(T) / mu, where mu is the
+Gaussian-DP parameter that the budget buys. So
+
+- few parameters: d enters r by its square root, so width is capped by the number of patients (``parameter_limit``);
+- few steps: noise accumulates as T while distance to travel is fixed; T follows mu N / sqrt(d) (``steps``);
+- near-full batch: r does not depend on q as long as sigma stays near 1 or above, so q = 1 unless the number of patches
+  to process would pass a public limit (``sampling_probability``);
+- normalised gradients carry no information in their length late in training: no momentum, and a weight average over the
+  last steps instead of a long tail at a small learning rate.
+
+Design note: constants were fixed from the prototype figures in the literature of this repository (docs/results.md tells
+which) and phantoms; no held-out case was looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget, calibrate, gaussian_mu
+from nnunet_dp.clipping import RULE_NAMES, ClipRule, make_rule
+from nnunet_dp.dpsgd import PrivacyPlan, Schedule
+from nnunet_dp.mechanisms import SubsampledGaussian
+
+Compute = Literal["full", "small"]
+TRAINING_SHARE = 0.8  # four of five folds: the public share of patients that train in one run
+PATCH_LIMIT: dict[str, int] = {"full": 120_000, "small": 10_000}
+STEP_LIMIT: dict[str, int] = {"full": 300, "small": 60}
+FEWEST_STEPS = 10
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RulePlan(_Frozen):
+    """A clip rule's constants and the learning rate that goes with it."""
+
+    constants: dict[str, float]
+    learning_rate: float = Field(gt=0)
+
+    def rule(self, name: str) -> ClipRule:
+        """The rule of that name with these constants."""
+        return make_rule(name, self.constants)
+
+
+class NetworkPlan(_Frozen):
+    """Size of the network: stages, features of each and number of trainable parameters."""
+
+    features_per_stage: tuple[int, ...]
+    parameters: int = Field(gt=0)
+
+
+class ConfigurationPlan(_Frozen):
+    """The private training of one nnU-Net configuration."""
+
+    steps: int = Field(gt=0)
+    sampling_probability: float = Field(gt=0, le=1)
+    noise_multiplier: float = Field(gt=0)
+    patches_per_patient: int = Field(gt=0)
+    augmentation: Literal["none", "nnunet"]
+    average_share: float = Field(gt=0, le=1)
+    momentum: float = Field(ge=0, lt=1)
+    decay_power: float = Field(ge=0)
+    network: NetworkPlan
+    compute: Compute
+    clip_rules: dict[str, RulePlan]
+
+    def privacy_plan(self, budget: PrivacyBudget, rule: str, units: int) -> PrivacyPlan:
+        """What moves epsilon, for a fold with that public number of training slots."""
+        return PrivacyPlan(
+            budget=budget,
+            steps=self.steps,
+            sampling_probability=self.sampling_probability,
+            noise_multiplier=self.noise_multiplier,
+            units=units,
+            rule=self.clip_rules[rule].rule(rule),
+        )
+
+    def schedule(self, rule: str) -> Schedule:
+        """What moves only accuracy."""
+        return Schedule(self.clip_rules[rule].learning_rate, self.decay_power, self.momentum, self.average_share)
+
+
+class PrivacySection(_Frozen):
+    """The versioned ``differential_privacy`` section of a plans file."""
+
+    version: Literal[1] = 1
+    budget: PrivacyBudget
+    patients: int = Field(gt=0, description="number of units in the whole dataset: public, fixed before training")
+    patients_file_sha256: str | None = Field(description="canonical patients.csv in the preprocessed folder, if any")
+    source_plans: str
+    accountant: str = ACCOUNTANT
+    public_weights_sha256: str | None = Field(None, description="declared public -pretrained_weights, if any")
+    covers: tuple[str, ...] = ("training of the network weights",)
+    not_covered: tuple[str, ...]
+    configurations: dict[str, ConfigurationPlan]
+
+
+NOT_COVERED = (
+    "plans_from_raw_fingerprint",  # epsilon of training *given the plans*
+    "validation_results_logs_and_everything_else_in_the_model_folder",
+    "floating_point_gaussian_from_a_non_cryptographic_generator",  # Mironov 2012
+)
+
+
+def parameter_limit(patients: int) -> int:
+    """Most trainable parameters for that many patients: 3000 a patient, between 0.4 and 1 million."""
+    return max(400_000, min(1_000_000, 3_000 * patients))
+
+
+def stages(patch_size: tuple[int, ...], strides: list[list[int]]) -> int:
+    """Number of leading stages whose feature map still has an edge of at least 10 voxels; at least two.
+
+    Deeper stages see the whole patch already and hold most of the parameters.
+    """
+    edges = [float(edge) for edge in patch_size]
+    count = 0
+    for stride in strides:
+        edges = [edge / step for edge, step in zip(edges, stride, strict=True)]
+        if max(edges) < 10 and count >= 2:
+            break
+        count += 1
+    return count
+
+
+def features(limit: int, count: Callable[[tuple[int, ...]], int], depth: int) -> tuple[int, ...]:
+    """Features per stage: 16 doubled at each stage, capped as high as the parameter limit allows.
+
+    Args:
+        limit: most parameters allowed.
+        count: number of parameters of the network with these features per stage.
+        depth: number of stages.
+    """
+    for cap in (320, 256, 128, 64, 32, 16, 8):
+        chosen = tuple(min(cap, 16 * 2**stage) for stage in range(depth))
+        if count(chosen) <= limit:
+            return chosen
+    return chosen
+
+
+def steps(budget: PrivacyBudget, patients: int, parameters: int, compute: Compute) -> int:
+    """Number of releases: 230 mu N / sqrt(d) for N training patients, within public limits.
+
+    The constant reproduces the best known schedule for 136 patients and 0.34 million parameters: about 100 steps at
+    epsilon 8, 40 at epsilon 3.
+    """
+    training = TRAINING_SHARE * patients
+    wanted = round(230 * gaussian_mu(budget) * training / math.sqrt(parameters))
+    return max(FEWEST_STEPS, min(STEP_LIMIT[compute], wanted))
+
+
+def sampling_probability(patients: int, step_count: int, patches: int, compute: Compute) -> float:
+    """Full batch, unless that many patches would pass the limit; never fewer than about 64 expected patients."""
+    training = TRAINING_SHARE * patients
+    q = PATCH_LIMIT[compute] / (training * step_count * patches)
+    q = max(q, min(1.0, 64 / training))
+    return 1.0 if q >= 0.5 else float(f"{q:.4g}")
+
+
+def clip_rules(step_count: int) -> dict[str, RulePlan]:
+    """Constants and learning rates of all rules; rates are in units of each rule's bound, so one rate serves all."""
+    rate = round(min(1.0, max(0.3, math.sqrt(step_count / 100))), 3)
+    constants: dict[str, dict[str, float]] = {
+        "flat": {"bound": 0.1},
+        "auto_s": {"bound": 1.0, "regulariser": 0.01},
+        "auto_v": {"bound": 1.0},
+        "nsgd": {"bound": 1.0, "regulariser": 0.01},
+        "psac": {"bound": 1.0, "regulariser": 0.1},
+        "quantile": {"bound": 0.1, "target_quantile": 0.5, "learning_rate": 0.2},
+        "per_layer": {"bound": 0.1},
+    }
+    return {name: RulePlan(constants=constants[name], learning_rate=rate) for name in RULE_NAMES}
+
+
+def plan_configuration(
+    budget: PrivacyBudget,
+    patients: int,
+    patch_size: tuple[int, ...],
+    strides: list[list[int]],
+    count_parameters: Callable[[tuple[int, ...]], int],
+    compute: Compute,
+) -> ConfigurationPlan:
+    """The private training of one configuration, calibrated to the budget.
+
+    Args:
+        budget: target.
+        patients: units in the whole dataset.
+        patch_size: voxels, from the source plans.
+        strides: of each stage, from the source plans.
+        count_parameters: parameters of the network with given features per stage.
+        compute: ``full``, or ``small`` for a schedule that a processor without a GPU finishes sooner.
+    """
+    shape = features(parameter_limit(patients), count_parameters, stages(patch_size, strides))
+    parameters = count_parameters(shape)
+    step_count = steps(budget, patients, parameters, compute)
+    patches = 1
+    q = sampling_probability(patients, step_count, patches, compute)
+    noise = calibrate(lambda z: _composed(z, q, step_count), budget)
+    return ConfigurationPlan(
+        steps=step_count,
+        sampling_probability=q,
+        noise_multiplier=noise,
+        patches_per_patient=patches,
+        augmentation="none",
+        average_share=0.1,
+        momentum=0.0,
+        decay_power=0.9,
+        network=NetworkPlan(features_per_stage=shape, parameters=parameters),
+        compute=compute,
+        clip_rules=clip_rules(step_count),
+    )
+
+
+def _composed(noise_multiplier: float, q: float, count: int) -> Any:
+    from dp_accounting import SelfComposedDpEvent
+
+    return SelfComposedDpEvent(SubsampledGaussian(noise_multiplier, q).event, count)

@@ -1,0 +1,115 @@
+"""nnU-Net's plans with a ``differential_privacy`` section: reading, shrinking, writing.
+
+A private plan is an ordinary plans file: the same preprocessing (``data_identifier`` unchanged, so nothing is
+preprocessed twice), a smaller network, and one more section (``planning.PrivacySection``). The predictor rebuilds the
+network from it without knowing about privacy.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.planning import ConfigurationPlan, PrivacySection
+
+SECTION = "differential_privacy"
+_PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
+_KNOWN_NETWORKS = ("PlainConvUNet", "ResidualEncoderUNet")
+
+
+def read_section(plans: dict[str, Any]) -> PrivacySection | None:
+    """The plans' privacy section, or None for ordinary plans.
+
+    Raises:
+        Refusal: for a section that this version does not understand.
+    """
+    if SECTION not in plans:
+        return None
+    try:
+        return PrivacySection.model_validate(plans[SECTION])
+    except ValidationError as error:
+        fields = ", ".join(".".join(map(str, e["loc"])) for e in error.errors())
+        raise Refusal(
+            f"the plans' {SECTION} section is not one this version of nnunet_dp writes (fields: {fields}): "
+            "make it again with `nnunet-dp plan ... --overwrite`"
+        ) from None
+
+
+def plans_name(source: str, epsilon: float) -> str:
+    """Name of the private plans: nnUNetPlans and 8 give nnUNetPlansDP_eps8."""
+    return f"{source}DP_eps{epsilon:g}"
+
+
+def shrunk_architecture(architecture: dict[str, Any], features: tuple[int, ...]) -> dict[str, Any]:
+    """The architecture entry of a configuration, cut to the first stages and narrowed.
+
+    Args:
+        architecture: nnU-Net's entry (``network_class_name``, ``arch_kwargs``, ``_kw_requires_import``).
+        features: features of each stage to keep.
+
+    Raises:
+        Refusal: for a network class that is not known to be safe and shrinkable.
+    """
+    name = architecture["network_class_name"].rsplit(".", 1)[-1]
+    if name not in _KNOWN_NETWORKS:
+        raise Refusal(f"network {name} is not supported; expected one of {', '.join(_KNOWN_NETWORKS)}")
+    smaller = copy.deepcopy(architecture)
+    arguments, depth = smaller["arch_kwargs"], len(features)
+    for key in _PER_STAGE:
+        if key in arguments:
+            arguments[key] = list(arguments[key])[:depth]
+    arguments["n_conv_per_stage_decoder"] = list(arguments["n_conv_per_stage_decoder"])[: depth - 1]
+    arguments["n_stages"] = depth
+    arguments["features_per_stage"] = list(features)
+    return smaller
+
+
+def with_section(
+    plans: dict[str, Any], name: str, section: PrivacySection, architectures: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """A copy of the plans under a new name, with the section and the shrunk architectures in place."""
+    private = copy.deepcopy(plans)
+    private["plans_name"] = name
+    for configuration, architecture in architectures.items():
+        private["configurations"][configuration]["architecture"] = architecture
+    private[SECTION] = section.model_dump(mode="json")
+    return private
+
+
+def for_one_configuration(plans: dict[str, Any], configuration: str) -> dict[str, Any]:
+    """What one configuration's model depends on: the plans without the other configurations."""
+    one = copy.deepcopy(plans)
+    one["configurations"] = {configuration: one["configurations"][configuration]}
+    if SECTION in one:
+        one[SECTION]["configurations"] = {configuration: one[SECTION]["configurations"].get(configuration)}
+    return json.loads(json.dumps(one))
+
+
+def configuration_plan(section: PrivacySection, configuration: str) -> ConfigurationPlan:
+    """The section's plan of one configuration.
+
+    Raises:
+        UsageRefusal: when it was not planned, with the command that plans it.
+    """
+    if configuration not in section.configurations:
+        raise UsageRefusal(
+            f"these plans hold no private schedule for {configuration} (only {', '.join(section.configurations)}): "
+            f"add it with `nnunet-dp plan -c {configuration} ...` and the same budget"
+        )
+    return section.configurations[configuration]
+
+
+def write_json(content: dict[str, Any], file: Path) -> None:
+    """Write JSON whole or not at all: temporary file, fsync, rename."""
+    temporary = file.with_name(file.name + ".writing")
+    with open(temporary, "w", encoding="utf-8") as stream:
+        json.dump(content, stream, indent=4)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)

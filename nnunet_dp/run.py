@@ -1,0 +1,149 @@
+"""A training run on disk: its lock, its ledger, its checkpoints, and what becomes of an older run in the same folder.
+
+The dataset's ledger lies in the preprocessed folder and counts every charge ever made on the dataset; the run's own
+lines lie again in the fold's folder, beside the weights they paid for. Starting anew beside an old run archives the old
+model and keeps its charges; continuing needs the checkpoint that the ledger knows.
+
+Formal guarantee:
+    No training starts on a dataset whose ledger has lost a line that any model folder or checkpoint still proves.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pickle
+import secrets
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunet_dp.errors import Refusal
+from nnunet_dp.ledger import Ledger, LedgerEntry, read_ledger
+
+LEDGER = "privacy_ledger.jsonl"
+LATEST = "checkpoint_latest.pth"
+FINAL = "checkpoint_final.pth"
+_LOCK = "training.lock"
+
+
+class RunFolder:
+    """The folder of one fold of one model.
+
+    Args:
+        folder: fold folder, e.g. ``nnUNetTrainerDP__nnUNetPlansDP_eps8__3d_fullres/fold_0``.
+        dataset_ledger: the dataset's ledger in the preprocessed folder.
+        results: the dataset's results folder, whose other models must agree with that ledger.
+    """
+
+    def __init__(self, folder: Path, dataset_ledger: Path, results: Path) -> None:
+        self.folder, self.dataset_ledger, self.results = folder, dataset_ledger, results
+        self._lock: Any = None
+
+    def __repr__(self) -> str:
+        """The folder's name."""
+        return f"RunFolder({self.name})"
+
+    @property
+    def name(self) -> str:
+        """Model and fold, the public part of a run's name."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    def lock(self) -> None:
+        """Hold the folder until this process ends.
+
+        Raises:
+            Refusal: when another training holds it.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.folder / _LOCK, "a")  # noqa: SIM115 - held for the life of the process
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal(f"another training is writing to {self.name}: wait for it, or choose another fold") from None
+
+    def start(self, plan: str, continuing: bool, keep: Path | None = None) -> Ledger:
+        """Open the ledger for a new run; an older run in the folder is archived.
+
+        Args:
+            plan: digest of the privacy plan.
+            continuing: whether the user asked to continue (``--c``), though no checkpoint was found.
+            keep: a file of this process in the folder that stays (its log).
+
+        Raises:
+            Refusal: when continuing was asked and the ledger shows that a run was begun here.
+        """
+        self.verify_ledger()
+        if continuing and any(entry.run.startswith(self.name + "/") for entry in self._charges()):
+            raise Refusal(
+                f"--c was given and the ledger holds charges of {self.name}, but its {LATEST} is missing: put the "
+                "checkpoint back, or start a new run without --c (the old charges stay)"
+            )
+        self._archive(keep)
+        return Ledger(self.dataset_ledger, f"{self.name}/{secrets.token_hex(8)}", plan, copy=self.folder / LEDGER)
+
+    def resume(self, state: dict[str, Any]) -> Ledger:
+        """Open the ledger of the run that wrote a checkpoint.
+
+        Raises:
+            Refusal: when the dataset's ledger is missing or lacks lines.
+        """
+        self.verify_ledger()
+        if not self.dataset_ledger.is_file():
+            raise Refusal(f"{LEDGER} is missing in the preprocessed folder although a checkpoint exists: put it back")
+        return Ledger(self.dataset_ledger, state["run"], state["plan"], copy=self.folder / LEDGER)
+
+    def verify_ledger(self) -> None:
+        """Refuse a dataset ledger that lacks charges which any model of the dataset still holds a copy of."""
+        known = {entry.line for entry in self._charges()}
+        for copy in sorted(self.results.glob(f"*/fold_*/{LEDGER}")):
+            lines = [line for line in copy.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+            lost = sum(line not in known for line in lines)
+            if lost:
+                raise Refusal(
+                    f"{lost} charges in {copy.parent.parent.name}/{copy.parent.name}/{LEDGER} are missing from the "
+                    f"dataset's {LEDGER}: put the dataset's ledger back from a backup before training on"
+                )
+
+    def _charges(self) -> tuple[LedgerEntry, ...]:
+        return read_ledger(self.dataset_ledger) if self.dataset_ledger.is_file() else ()
+
+    def _archive(self, keep: Path | None) -> None:
+        """Move an older run's files to ``archive/`` beside the fold (nnU-Net parses every folder named fold_*)."""
+        old = [file for file in self.folder.iterdir() if file.name != _LOCK and file != keep]
+        if not any(file.name in (LEDGER, LATEST, FINAL) for file in old):
+            return
+        target = self.folder.parent / "archive" / f"{self.folder.name}_{secrets.token_hex(4)}"
+        target.mkdir(parents=True)
+        for file in old:
+            shutil.move(str(file), target / file.name)
+
+
+def write_checkpoint(content: dict[str, Any], file: Path) -> None:
+    """Write a checkpoint whole or not at all: temporary file, fsync, rename, fsync of the folder."""
+    temporary = file.with_name(file.name + ".writing")
+    with open(temporary, "wb") as stream:
+        torch.save(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """Read a checkpoint without running any code from it.
+
+    Raises:
+        Refusal: for a file that is damaged or holds anything but tensors and plain values.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise Refusal(f"{file.name} cannot be read ({type(error).__name__}): put an intact copy back") from None
+

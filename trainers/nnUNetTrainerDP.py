@@ -1,0 +1,458 @@
+"""The private trainers: class names for ``-tr`` and the overrides by which nnU-Net's loop becomes DP-SGD.
+
+Nothing here is an algorithm. ``nnUNetTrainerDP`` asks the core for a private plan, a run, a loader and a
+``PrivateTraining``, and tells nnU-Net's loop when to call them; the subclasses name a clip rule each.
+
+    nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
+
+Design note: nnU-Net imports this file under several names and drops it from ``sys.modules``; whatever crosses a process
+or a checkpoint therefore lives in the core. Attributes hold public facts only: nnU-Net prints them to disk.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+import sys
+from copy import deepcopy
+from pathlib import Path
+from time import time
+
+import numpy as np
+import torch
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from batchgenerators.utilities.file_and_folder_operations import load_json, save_json
+from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+from torch._dynamo import OptimizedModule
+
+from nnunet_dp import nnunet, plans as private_plans
+from nnunet_dp.dpsgd import Execution, PrivateTraining
+from nnunet_dp.errors import Refusal
+from nnunet_dp.ledger import epsilon_of
+from nnunet_dp.loading import PatientLoader
+from nnunet_dp.patients import Patients, cases_as_units, fold_slots, read_canonical
+from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
+
+
+def _refuse_cleanly(method):
+    """Under nnUNetv2_train a refusal ends with its message and exit code instead of a traceback."""
+
+    @functools.wraps(method)
+    def wrapper(self, *args, **kwargs):
+        try:
+            return method(self, *args, **kwargs)
+        except Refusal as refusal:
+            if not nnunet.calling_options().from_command_line:
+                raise
+            print(f"\nnnunet_dp refuses: {refusal}", file=sys.stderr, flush=True)
+            raise SystemExit(refusal.exit_code) from None
+
+    return wrapper
+
+
+class nnUNetTrainerDP(nnUNetTrainer):
+    """nnU-Net with patient-level DP-SGD, flat clipping.
+
+    Formal guarantee:
+        The averaged weights in ``checkpoint_final.pth`` are (epsilon, delta)-differentially private per unit, given the
+        plans, under the zero-out relation, with epsilon computed from ``privacy_ledger.jsonl``; see ``not_covered``.
+    """
+
+    clip_rule = "flat"
+    validation_batches = 4
+    validation_batch_size = 8
+
+    @_refuse_cleanly
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+        options = nnunet.calling_options()
+        self._refuse_options(options)
+        if private_plans.read_section(plans) is None:
+            continue_training = plans.get("continue_training", False)
+            ordinary = {key: value for key, value in plans.items() if key != "continue_training"}
+            plans = nnunet.self_configured(ordinary, configuration, dataset_json)
+            plans["continue_training"] = continue_training
+        plans = deepcopy(plans)
+        plans.setdefault("continue_training", False)
+        self.continuing = plans["continue_training"]
+        self.section = private_plans.read_section(plans)
+        self.private_plan = private_plans.configuration_plan(self.section, configuration)
+        self._refuse_weights(options)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.grad_scaler = None  # it would skip steps on un-noised infinities
+        self.configuration_manager.configuration["batch_dice"] = False  # a batch's Dice would couple patients
+        if self.is_cascaded:
+            raise Refusal("the cascade's second stage is not supported: train 3d_fullres or 3d_lowres")
+        self.initial_lr = self.private_plan.clip_rules[self.clip_rule].learning_rate
+        self.weight_decay = 0.0
+        self.steps_per_epoch = max(1, self.private_plan.steps // 20)  # an epoch is at most 5 % of the steps
+        self.num_iterations_per_epoch = self.steps_per_epoch
+        self.num_val_iterations_per_epoch = self.validation_batches
+        self.num_epochs = math.ceil(self.private_plan.steps / self.steps_per_epoch)
+        self.private: PrivateTraining | None = None
+        self._resume: dict | None = None
+        self._only_weights = False
+
+    # ---- refusals, all before the first charge -----------------------------------------------------------------
+
+    def _refuse_options(self, options):
+        if os.getenv("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
+            raise Refusal("nnUNet_wandb_enabled uploads plans and Dice of private data: unset it")
+        if options.num_gpus > 1 or (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise Refusal("-num_gpus > 1 is not supported yet: train on one device")
+        if options.val_with_best:
+            raise Refusal("--val_best needs checkpoint_best, which is chosen on private validation data: leave it out")
+        if options.disable_checkpointing:
+            raise Refusal("--disable_checkpointing would lose charged steps in a crash: leave it out")
+
+    def _refuse_weights(self, options):
+        if options.pretrained_weights is None:
+            return
+        if nnunet.file_sha256(options.pretrained_weights) != self.section.public_weights_sha256:
+            raise Refusal(
+                "-pretrained_weights names a file that the plan does not declare public: if it was trained without "
+                "any of these patients, plan with `nnunet-dp plan ... --public-weights FILE`"
+            )
+
+    def _refuse_changes(self):
+        """Refuse what happened behind the trainer's back between construction and training."""
+        if self.disable_checkpointing:
+            raise Refusal("disable_checkpointing would lose charged steps in a crash")
+        for name in ("_build_loss", "train_step", "run_training", "build_network_architecture"):
+            if getattr(type(self), name) is not getattr(nnUNetTrainerDP, name):
+                raise Refusal(f"{type(self).__name__} overrides {name}: a custom loss or step was never examined")
+        nnunet.refuse_coupling(self._module())
+        if self._initial_digest != _weights_digest(self._module()) and not self._weights_declared():
+            raise Refusal("the network's weights were changed before training: declare public weights in the plan")
+        saved = Path(self.output_folder_base) / "plans.json"
+        mine = private_plans.for_one_configuration(self.plans_manager.plans, self.configuration_name)
+        if saved.is_file():
+            theirs = private_plans.for_one_configuration(load_json(str(saved)), self.configuration_name)
+            if theirs != mine:
+                raise Refusal(
+                    f"{saved.parent.name} holds folds of a different plan: give the new plan a name of its own "
+                    "(`nnunet-dp plan ... -o NAME`), or move that folder away"
+                )
+
+    def _weights_declared(self):
+        return nnunet.calling_options().pretrained_weights is not None  # its hash was compared in __init__
+
+    # ---- network, loss, data -----------------------------------------------------------------------------------
+
+    @_refuse_cleanly
+    def initialize(self):
+        super().initialize()
+        self._initial_digest = _weights_digest(self._module())
+
+    def configure_optimizers(self):
+        """nnU-Net asks for both; the step's own optimizer and schedule are the core's."""
+        optimizer = torch.optim.SGD(self.network.parameters(), self.initial_lr)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        rotation, dummy_2d, initial, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self.private_plan.augmentation == "none":
+            self.inference_allowed_mirroring_axes = mirror_axes = None
+            initial = self.configuration_manager.patch_size
+        return rotation, dummy_2d, initial, mirror_axes
+
+    def _patients(self) -> Patients:
+        folder = Path(self.preprocessed_dataset_folder_base)
+        cases = nnunet.dataset_cases(folder)
+        expected = self.section.patients_file_sha256
+        patients = read_canonical(folder / nnunet.PATIENTS, expected, cases) if expected else cases_as_units(cases)
+        if (patients.number, patients.unit) != (self.section.patients, self.section.budget.unit):
+            raise Refusal(
+                f"the plan was made for {self.section.patients} units ({self.section.budget.unit}), the dataset has "
+                f"{patients.number} ({patients.unit}): make the plan again"
+            )
+        return patients
+
+    def _slots(self):
+        """Training slots and validation cases of this fold: public, fixed before any image is read."""
+        folder = Path(self.preprocessed_dataset_folder_base)
+        patients = self._patients()
+        splits = [] if self.fold == "all" else nnunet.find_splits(folder, patients)
+        return fold_slots(splits, self.fold, patients)
+
+    def do_split(self):
+        slots, validation = self._slots()
+        return [case for cases in slots.values() for case in cases], validation
+
+    def get_dataloaders(self):
+        """Our loader of drawn patients for training, nnU-Net's own for the local online validation."""
+        dataset_tr, dataset_val = self.get_tr_and_val_datasets()
+        slots, _ = self._slots()
+        patch_size, scales = self.configuration_manager.patch_size, self._get_deep_supervision_scales()
+        rotation, dummy_2d, initial, mirror = self.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        labels = self.label_manager
+        regions = labels.foreground_regions if labels.has_regions else None
+        plain = self.get_validation_transforms(scales, False, labels.foreground_labels, regions, labels.ignore_label)
+        transforms = plain
+        if self.private_plan.augmentation == "nnunet":
+            transforms = self.get_training_transforms(
+                patch_size, rotation, scales, mirror, dummy_2d, self.configuration_manager.use_mask_for_norm,
+                False, labels.foreground_labels, regions, labels.ignore_label,
+            )  # fmt: skip
+        source = nnunet.PatchSource(
+            dataset_tr, self.private_plan.patches_per_patient, initial, patch_size, labels,
+            self.oversample_foreground_percent, transforms,
+        )  # fmt: skip
+        loader = PatientLoader(source, list(slots.values()), self.device, get_allowed_n_proc_DA())
+        validation = nnUNetDataLoader(
+            dataset_val, self.validation_batch_size, patch_size, patch_size, labels,
+            self.oversample_foreground_percent, transforms=plain,
+        )  # fmt: skip
+        return loader, SingleThreadedAugmenter(validation, None)
+
+    # ---- the loop ----------------------------------------------------------------------------------------------
+
+    @_refuse_cleanly
+    def on_train_start(self):
+        """nnU-Net's own, without the raw fingerprint's copy, and with the run, the ledger and the banner."""
+        if not self.was_initialized:
+            self.initialize()
+        self._refuse_changes()
+        run = RunFolder(
+            Path(self.output_folder),
+            Path(self.preprocessed_dataset_folder_base) / nnunet.LEDGER,
+            nnunet.results_folder(self.plans_manager.dataset_name),
+        )
+        run.lock()
+        slots, _ = self._slots()
+        self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
+        self._start(run, slots)
+        self.dataloader_train, self.dataloader_val = self.get_dataloaders()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        self._write_model_files()
+        self._banner(len(slots))
+        self._started = time(), self.private.step
+
+    def _start(self, run, slots):
+        plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
+        plan.verify()
+        log = Path(self.log_file)
+        ledger = run.resume(self._resume) if self._resume else run.start(plan.digest(), self.continuing, keep=log)
+        schedule = self.private_plan.schedule(self.clip_rule)
+        execution = Execution(self.device, autocast=self._autocast)
+        self.private = PrivateTraining(self.network, self.loss, plan, schedule, execution, ledger)
+        self._data_digest = nnunet.data_digest(Path(self.preprocessed_dataset_folder), slots, self.private_plan)
+        if self._resume:
+            self.private.restore(self._resume, self._data_digest)
+            self._resume = None
+        self._save_latest()  # before the first charge: whatever dies from here on can be continued
+
+    def _autocast(self):
+        """bfloat16 where the device is fast at it; never float16, whose scaler skips steps on un-noised infinities."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=nnunet.fast_bfloat16(self.device))
+
+    def _write_model_files(self):
+        folder = Path(self.output_folder_base)
+        save_json(self.plans_manager.plans, str(folder / "plans.json"), sort_keys=False)
+        save_json(self.dataset_json, str(folder / "dataset.json"), sort_keys=False)
+        save_json({}, str(folder / "dataset_fingerprint.json"))  # a stub: nnU-Net's tools look for the file
+
+    def _banner(self, units):
+        lines = nnunet.describe(self.section, self.configuration_name, units)
+        self.print_to_log_file(
+            "\n".join(
+                ["", "private training with nnunet_dp", f"  clip rule         {self.clip_rule}"]
+                + [f"  {label:<17} {value}" for label, value in lines]
+                + [
+                    f"  arithmetic        forward in {self._precision()}; norms, clip, sum and noise in float32 or better",
+                    "  changed           batch_dice off (it couples patients), no checkpoint_best, no augmentation"
+                    if self.private_plan.augmentation == "none"
+                    else "  changed           batch_dice off (it couples patients), no checkpoint_best",
+                    f"  charged so far    run {self._spent():.4g}, dataset {self._spent(whole_dataset=True):.4g}",
+                    "  LOCAL ONLY        this folder and any zip of it: only the weights in checkpoint_final.pth",
+                    "                    are covered by the guarantee",
+                    "  another budget    nnunet-dp plan -d DATASET -c CONFIGURATION --epsilon E, then train with -p",
+                    "",
+                ]
+            ),
+            add_timestamp=False,
+        )
+
+    def _precision(self):
+        return "bfloat16" if nnunet.fast_bfloat16(self.device) else "float32"
+
+    def _spent(self, whole_dataset=False):
+        ledger = self.private.ledger
+        entries = ledger.entries if whole_dataset else ledger.entries_of(ledger.run)
+        return epsilon_of(entries, self.section.budget.delta)
+
+    def run_training(self):
+        if self._only_weights:
+            self.print_to_log_file("This training is finished; nothing is left to continue.")
+            return
+        self.on_train_start()
+        while not self.private.finished:
+            self.on_epoch_start()
+            self.on_train_epoch_start()
+            outputs = []
+            for _ in range(self.steps_per_epoch):
+                if not self.private.finished:
+                    outputs.append(self.train_step({}))
+            self.on_train_epoch_end(outputs)
+            with torch.no_grad():
+                self.on_validation_epoch_start()
+                batches = range(self.num_val_iterations_per_epoch)
+                self.on_validation_epoch_end([self.validation_step(next(self.dataloader_val)) for _ in batches])
+            self.on_epoch_end()
+        self.on_train_end()
+
+    def on_train_epoch_start(self):
+        self.network.train()
+        rate = self.private.schedule.learning_rate_at(self.private.step, self.private.plan.steps)
+        self.logger.log("lrs", rate, self.current_epoch)
+
+    def train_step(self, batch):
+        """One private step; the batch is drawn inside, after it was charged."""
+        losses: list[torch.Tensor] = []
+        self.private.advance(self.dataloader_train.records, losses.append)
+        return {"loss": float(torch.stack(losses).mean()) if losses else float("nan")}
+
+    def on_train_epoch_end(self, train_outputs):
+        losses = [output["loss"] for output in train_outputs if math.isfinite(output["loss"])]
+        previous = self.logger.get_value("train_losses", None)
+        fallback = previous[-1] if previous else 0.0
+        self.logger.log("train_losses", float(np.mean(losses)) if losses else fallback, self.current_epoch)
+
+    def on_validation_epoch_end(self, val_outputs):
+        """As nnU-Net's, but an absent class counts as 0: one NaN would stay in its moving average for ever."""
+        tp, fp, fn = (np.sum([output[key] for output in val_outputs], 0) for key in ("tp_hard", "fp_hard", "fn_hard"))
+        dice = [float(value) for value in 2 * tp / np.maximum(2 * tp + fp + fn, 1e-8)]
+        loss = float(np.nan_to_num(np.mean([output["loss"] for output in val_outputs])))
+        self.logger.log("mean_fg_dice", float(np.mean(dice)), self.current_epoch)
+        self.logger.log("dice_per_class_or_region", dice, self.current_epoch)
+        self.logger.log("val_losses", loss, self.current_epoch)
+
+    def on_epoch_end(self):
+        self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
+        step, steps, budget = self.private.step, self.private.plan.steps, self.section.budget
+        began, first = self._started
+        eta = (time() - began) / max(1, step - first) * (steps - step) / 60
+        loss, dice = (self.logger.get_value(key, -1) for key in ("train_losses", "mean_fg_dice"))
+        self.print_to_log_file(
+            f"step {step}/{steps}  loss {loss:.4f} (local)  pseudo Dice {dice:.3f} (local)  "
+            f"epsilon {self._spent():.3f} of {budget.epsilon:g} per {budget.unit}  ETA {eta:.1f} min"
+        )
+        self.current_epoch += 1
+        self._save_latest()
+        if self.private.finished or self.current_epoch % 5 == 0:
+            self.logger.plot_progress_png(self.output_folder)
+
+    def on_train_end(self):
+        self._module().load_state_dict(_without_prefix(self.private.averaged_weights()))
+        self.save_checkpoint(str(Path(self.output_folder) / FINAL))
+        self.dataloader_train.close()
+        lost = self.private.charged - self.private.step
+        self.print_to_log_file(
+            f"Training done: {self.private.step} of {self.private.plan.steps} steps"
+            + (f" ({lost} charged steps were lost in crashes)" if lost else "")
+            + f", epsilon {self._spent():.4g} of {self.section.budget.epsilon:g} at delta "
+            f"{self.section.budget.delta:g} per {self.section.budget.unit}; dataset in total "
+            f"{self._spent(whole_dataset=True):.4g}"
+        )
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, filename):
+        """Only the finished weights; the running state is ``checkpoint_latest.pth``."""
+        weights = self._module().state_dict()
+        content = nnunet.final_checkpoint(
+            weights, type(self).__name__, self.configuration_name, self.fold, self.inference_allowed_mirroring_axes
+        )
+        write_checkpoint(content, Path(filename))
+
+    def _save_latest(self):
+        state = self.private.next_state(self._data_digest)
+        content = {"private": state, "epoch": self.current_epoch, "logging": self.logger.get_checkpoint()}
+        write_checkpoint(content, Path(self.output_folder) / LATEST)
+        self.private.saved(state)
+
+    @_refuse_cleanly
+    def load_checkpoint(self, filename_or_checkpoint):
+        """A finished checkpoint for validation, or the newest state of a run to continue."""
+        if not self.was_initialized:
+            self.initialize()
+        checkpoint = filename_or_checkpoint
+        if not isinstance(checkpoint, dict):
+            checkpoint = read_checkpoint(Path(filename_or_checkpoint))
+        if "network_weights" in checkpoint:
+            self._module().load_state_dict(checkpoint["network_weights"])
+            self.inference_allowed_mirroring_axes = checkpoint["inference_allowed_mirroring_axes"]
+            self._only_weights = True
+        elif "private" in checkpoint:
+            self._resume = checkpoint["private"]
+            self.current_epoch = checkpoint["epoch"]
+            self.logger.load_checkpoint(checkpoint["logging"])
+        else:
+            raise Refusal("the checkpoint was not written by this trainer: it cannot be continued privately")
+
+    def print_to_log_file(self, *args, also_print_to_console=True, add_timestamp=True):
+        """As nnU-Net's, without the case names that its validation prints."""
+        text = str(args[0]) if args else ""
+        if text.startswith("predicting ") or ", shape torch.Size" in text:
+            return
+        super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
+
+    def plot_network_architecture(self):
+        """Nothing: nnU-Net's plot needs a package that is gone."""
+
+    def _save_debug_information(self):
+        """Nothing: nnU-Net would print every attribute and the host's name to disk."""
+
+    def _module(self):
+        return self.network._orig_mod if isinstance(self.network, OptimizedModule) else self.network
+
+
+def _without_prefix(state):
+    return {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
+
+
+def _weights_digest(module):
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class nnUNetTrainerDP_AutoS(nnUNetTrainerDP):
+    """Auto-S: C / (n + gamma)."""
+
+    clip_rule = "auto_s"
+
+
+class nnUNetTrainerDP_AutoV(nnUNetTrainerDP):
+    """Auto-V: C / n."""
+
+    clip_rule = "auto_v"
+
+
+class nnUNetTrainerDP_NSGD(nnUNetTrainerDP):
+    """NSGD: 1 / (n + r)."""
+
+    clip_rule = "nsgd"
+
+
+class nnUNetTrainerDP_PSAC(nnUNetTrainerDP):
+    """PSAC: C / (n + r / (n + r))."""
+
+    clip_rule = "psac"
+
+
+class nnUNetTrainerDP_Quantile(nnUNetTrainerDP):
+    """Flat clipping whose threshold follows a privately counted quantile."""
+
+    clip_rule = "quantile"
+
+
+class nnUNetTrainerDP_PerLayer(nnUNetTrainerDP):
+    """Each layer clamped by itself."""
+
+    clip_rule = "per_layer"
