@@ -65,7 +65,7 @@ ACCOUNTANT = f"dp_accounting {version('dp-accounting')} PLD"
 FALLBACK_ACCOUNTANT = f"dp_accounting {version('dp-accounting')} RDP"
 RELATION = NeighboringRelation.REPLACE_SPECIAL
 MAXIMUM_POINTS = 2**24
-POINTS_PER_RELEASE = 200_000
+POINTS_PER_RELEASE = 100_000
 SMALLEST_PLD_DELTA = 1e-9
 FFT_ROUNDING = 1e-12  # absolute error of a composed delta, taken off the target; about 2e-13 was seen
 RDP_ROUNDING = 1e-10  # per release; below it dp_accounting's sums over binomials lose their digits
@@ -172,8 +172,7 @@ def calibrate(make_event: Callable[[float], DpEvent], budget: PrivacyBudget) -> 
         budget: epsilon and delta to reach.
 
     Returns:
-        A noise multiplier whose epsilon is never above the target and at most 1 % below it (further below only
-        where epsilon itself jumps, as it does where delta exceeds the chance of ever being drawn).
+        A noise multiplier whose epsilon is never above the target and at most 1 % below it.
 
     Raises:
         BudgetRefusal: when a part of the schedule that does not depend on the noise is too expensive already.
@@ -361,7 +360,7 @@ def _pld_interval(schedule: _Schedule, delta: float) -> float | None:
     """Grid interval for PLD, or None where RDP has to speak (the rule in the module's docstring)."""
     spread, widest = _spread(schedule), max(_width(atom) for atom, _ in schedule)
     counts = [count for _, count in schedule]
-    finest = min([atom.parameter / 100 for atom, _ in schedule if atom.kind == "pure_dp"], default=1e-2)
+    finest = min([_pure_epsilon(atom) / 100 for atom, _ in schedule if atom.kind != "gaussian"], default=1e-2)
     accurate = min(finest, 1e-2, 0.02 * spread / math.sqrt(sum(counts)))
     interval = max(_power_of_two(accurate, math.floor), _power_of_two(widest / POINTS_PER_RELEASE, math.ceil))
     composed = sum(counts) > 1
@@ -494,9 +493,8 @@ def _bracket(cost: Callable[[float], float], noise_guess: float, target: float) 
         )
     raise BudgetRefusal(
         f"epsilon should come down to {target} by adding noise, found {here[1]:.4g} at noise multiplier "
-        f"{here[0]:.3g}: a part of the schedule that this noise does not touch costs that much; spend less on"
-        f" "
-        "that part or raise epsilon"
+        f"{here[0]:.3g}: a part of the schedule that this noise does not touch costs that much; "
+        "spend less on that part or raise epsilon"
     )
 
 

@@ -1,8 +1,8 @@
 """Clip rules: what one patient's gradient may contribute to the sum that is noised.
 
-A rule is a frozen value with two parts: a ``bound`` S, the largest L2 norm that one patient's contribution can have, and
-one pure function from the norm n of that patient's gradient to the factor it is multiplied with. The noise reads its
-scale from the bound of the sum it is added to, never from a second number.
+A rule is a frozen value with two parts: a ``bound`` S, the largest L2 norm that one patient's contribution can have,
+and one pure function from the norm n of that patient's gradient to the factor it is multiplied with. The noise reads
+its scale from the bound of the sum it is added to, never from a second number.
 
 =========  ====================  =====  =====================================================================
 name       factor                S      source

@@ -253,15 +253,15 @@ class Ledger:
             checkpoint: identifier of the newest checkpoint on disk.
 
         Raises:
-            LedgerError: when the file was tampered with, another process continues this run, or the line could
-                not be written; no receipt exists then and nothing may be released.
+            LedgerError: when the file was tampered with, another process continues this run, or the line
+                could not be written; no receipt exists then and nothing may be released.
         """
         try:
             self._append(charge, checkpoint)
         except OSError as error:
             raise LedgerError(
-                f"a charge should be on disk before noise is drawn, found: {error.strerror or error}; nothing "
-                "was released; make room or repair the disk, then continue with --c"
+                f"a charge should be on disk before noise is drawn, found: {error.strerror or error}; "
+                "nothing was released; make room or repair the disk, then continue with --c"
             ) from error
         return Receipt(charge, maker=_MAKER)
 
@@ -369,6 +369,18 @@ def read_ledger(path: Path) -> tuple[LedgerEntry, ...]:
         message = "the last line of the ledger is torn: a process died while writing it; it is left out"
         warnings.warn(message, TornLineWarning, stacklevel=2)
     return tuple(_parse(complete, (0, FIRST_PREVIOUS)))
+
+
+def read_copy(path: Path) -> tuple[LedgerEntry, ...]:
+    """The lines of a run's copy, each verified by itself: as a selection, they are no chain.
+
+    Raises:
+        LedgerError: naming the line that is unknown or edited.
+    """
+    with _locked_for_reading(Path(path)) as descriptor:
+        text = b"" if descriptor is None else _read(descriptor, 0, os.fstat(descriptor).st_size)
+    complete = text[: text.rfind(b"\n") + 1]
+    return tuple(_parse_line(number, line) for number, line in enumerate(complete.splitlines(keepends=True), 1))
 
 
 def events_of(entries: Iterable[Charge]) -> list[DpEvent]:
@@ -525,6 +537,6 @@ def _set_torn_line_aside(path: Path, descriptor: int, end: int) -> None:
 def _append_to_copy(path: Path, line: bytes) -> None:
     with _locked_for_writing(path) as descriptor:
         size = os.fstat(descriptor).st_size
-        if _read(descriptor, size - 1, size) != b"\n":
+        if size and _read(descriptor, size - 1, size) != b"\n":
             _set_torn_line_aside(path, descriptor, _read(descriptor, 0, size).rfind(b"\n") + 1)
         _append(descriptor, line)

@@ -94,7 +94,7 @@ class PatientLoader:
 def seed_everything(seed: int) -> None:
     """Set the global generators of random, numpy and torch from one 128-bit seed."""
     random.seed(seed)
-    np.random.seed(np.random.SeedSequence(seed).generate_state(8))  # noqa: NPY002 - nnU-Net draws from the global one
+    np.random.seed(np.random.SeedSequence(seed).generate_state(8))
     torch.manual_seed(seed % 2**63)
 
 

@@ -23,7 +23,6 @@ from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_datas
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta, epsilon
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -38,6 +37,7 @@ from nnunet_dp.patients import (
 )
 from nnunet_dp.planning import NOT_COVERED, Compute, ConfigurationPlan, PrivacySection, plan_configuration
 from nnunet_dp.plans import plans_name, read_section, shrunk_architecture, with_section, write_json
+from nnunet_dp.report import describe
 
 LEDGER = "privacy_ledger.jsonl"
 PATIENTS = "patients.csv"
@@ -172,24 +172,6 @@ class PlanReport:
     def lines(self) -> list[tuple[str, str]]:
         """Label and value, for a table."""
         return [("plans", self.plans_name), *describe(self.section, self.configuration, None)]
-
-
-def describe(section: PrivacySection, configuration: str, units: int | None) -> list[tuple[str, str]]:
-    """The plan in words: for the trainers' banner and for the planner's table."""
-    budget, plan = section.budget, section.configurations[configuration]
-    batch = f"{plan.sampling_probability:g} x training {budget.unit} slots"
-    if units is not None:
-        batch = f"{plan.sampling_probability * units:g} = {plan.sampling_probability:g} x {units} slots"
-    return [
-        ("guarantee", f"epsilon {budget.epsilon:g} at delta {budget.delta:g} per {budget.unit}"),
-        ("relation", f"{budget.relation}; {section.patients} units in the dataset; {section.accountant}"),
-        ("steps", f"{plan.steps}, {plan.patches_per_patient} patch a unit and step, schedule {plan.compute}"),
-        ("expected batch", batch),
-        ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
-        ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
-        ("covers", "; ".join(section.covers)),
-        ("NOT covered", "; ".join(section.not_covered)),
-    ]
 
 
 def plan_dataset(
@@ -391,7 +373,7 @@ class PatchSource:
 
     def __call__(self, cases: tuple[str, ...]) -> tuple[np.ndarray, Any]:
         """Images [K, channels, *spatial] and targets; cases are visited evenly, in an order drawn anew."""
-        order = np.random.permutation(len(cases))  # noqa: NPY002 - the patient's stream is the global generator
+        order = np.random.permutation(len(cases))
         self._loader.chosen = [cases[order[k % len(cases)]] for k in range(self._patches)]
         batch = self._loader.generate_train_batch()
         target = batch["target"]
@@ -399,37 +381,7 @@ class PatchSource:
         return batch["data"].numpy(), arrays
 
 
-# ---- admission ---------------------------------------------------------------------------------------------------
-
-_SAFE_TORCH = frozenset(
-    "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Identity Sequential ModuleList "
-    "InstanceNorm1d InstanceNorm2d InstanceNorm3d GroupNorm LayerNorm LeakyReLU ReLU GELU SiLU ELU PReLU Sigmoid "
-    "Softmax AvgPool2d AvgPool3d MaxPool2d MaxPool3d AdaptiveAvgPool2d AdaptiveAvgPool3d Upsample "
-    "Dropout Dropout2d Dropout3d".split()
-)
-_SAFE_BLOCKS = frozenset(
-    "PlainConvUNet ResidualEncoderUNet PlainConvEncoder ResidualEncoder UNetDecoder ConvDropoutNormReLU "
-    "StackedConvBlocks StackedResidualBlocks BasicBlockD BottleneckD".split()
-)
-
-
-def refuse_coupling(network: nn.Module) -> None:
-    """Refuse a network in which one patient could reach another's gradient or an un-noised buffer.
-
-    Raises:
-        Refusal: naming the module (BatchNorm, running statistics, buffers, anything unknown).
-    """
-    for name, module in network.named_modules():
-        kind, home = type(module).__name__, type(module).__module__
-        if "BatchNorm" in kind or getattr(module, "track_running_stats", False):
-            raise Refusal(f"{kind} at '{name}' couples patients or keeps un-noised statistics: use InstanceNorm")
-        known = (home.startswith("torch.nn.") and kind in _SAFE_TORCH) or (
-            home.startswith("dynamic_network_architectures.") and kind in _SAFE_BLOCKS
-        )
-        if not known:
-            raise Refusal(f"module {home}.{kind} at '{name}' was never examined for privacy: use nnU-Net's U-Nets")
-    for name, _ in network.named_buffers():
-        raise Refusal(f"the network keeps a buffer '{name}', which would be released without noise")
+# ---- flags, files, checkpoints ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class RunFolder:
             Refusal: when another training holds it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / _LOCK, "a")  # noqa: SIM115 - held for the life of the process
+        self._lock = open(self.folder / _LOCK, "a")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

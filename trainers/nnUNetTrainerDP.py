@@ -30,12 +30,15 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch._dynamo import OptimizedModule
 
-from nnunet_dp import nnunet, plans as private_plans
+from nnunet_dp import nnunet
+from nnunet_dp import plans as private_plans
+from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.dpsgd import Execution, PrivateTraining
 from nnunet_dp.errors import Refusal
 from nnunet_dp.ledger import epsilon_of
 from nnunet_dp.loading import PatientLoader
 from nnunet_dp.patients import Patients, cases_as_units, fold_slots, read_canonical
+from nnunet_dp.report import banner
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
 
 
@@ -68,7 +71,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
     validation_batch_size = 8
 
     @_refuse_cleanly
-    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         options = nnunet.calling_options()
         self._refuse_options(options)
         if private_plans.read_section(plans) is None:
@@ -125,7 +128,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         for name in ("_build_loss", "train_step", "run_training", "build_network_architecture"):
             if getattr(type(self), name) is not getattr(nnUNetTrainerDP, name):
                 raise Refusal(f"{type(self).__name__} overrides {name}: a custom loss or step was never examined")
-        nnunet.refuse_coupling(self._module())
+        refuse_coupling(self._module())
         if self._initial_digest != _weights_digest(self._module()) and not self._weights_declared():
             raise Refusal("the network's weights were changed before training: declare public weights in the plan")
         saved = Path(self.output_folder_base) / "plans.json"
@@ -145,6 +148,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
 
     @_refuse_cleanly
     def initialize(self):
+        """nnU-Net's own; remembers the weights, which nothing may change before training."""
         super().initialize()
         self._initial_digest = _weights_digest(self._module())
 
@@ -154,6 +158,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self):
+        """As nnU-Net's; without augmentation there is no mirroring, at training and at prediction."""
         rotation, dummy_2d, initial, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if self.private_plan.augmentation == "none":
             self.inference_allowed_mirroring_axes = mirror_axes = None
@@ -180,6 +185,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         return fold_slots(splits, self.fold, patients)
 
     def do_split(self):
+        """Cases of the fold, split by patient."""
         slots, validation = self._slots()
         return [case for cases in slots.values() for case in cases], validation
 
@@ -257,35 +263,19 @@ class nnUNetTrainerDP(nnUNetTrainer):
         save_json({}, str(folder / "dataset_fingerprint.json"))  # a stub: nnU-Net's tools look for the file
 
     def _banner(self, units):
-        lines = nnunet.describe(self.section, self.configuration_name, units)
-        self.print_to_log_file(
-            "\n".join(
-                ["", "private training with nnunet_dp", f"  clip rule         {self.clip_rule}"]
-                + [f"  {label:<17} {value}" for label, value in lines]
-                + [
-                    f"  arithmetic        forward in {self._precision()}; norms, clip, sum and noise in float32 or better",
-                    "  changed           batch_dice off (it couples patients), no checkpoint_best, no augmentation"
-                    if self.private_plan.augmentation == "none"
-                    else "  changed           batch_dice off (it couples patients), no checkpoint_best",
-                    f"  charged so far    run {self._spent():.4g}, dataset {self._spent(whole_dataset=True):.4g}",
-                    "  LOCAL ONLY        this folder and any zip of it: only the weights in checkpoint_final.pth",
-                    "                    are covered by the guarantee",
-                    "  another budget    nnunet-dp plan -d DATASET -c CONFIGURATION --epsilon E, then train with -p",
-                    "",
-                ]
-            ),
-            add_timestamp=False,
-        )
-
-    def _precision(self):
-        return "bfloat16" if nnunet.fast_bfloat16(self.device) else "float32"
+        precision = "bfloat16" if nnunet.fast_bfloat16(self.device) else "float32"
+        spent, total = self._spent(), self._spent(whole_dataset=True)
+        text = banner(self.section, self.configuration_name, units, self.clip_rule, precision, spent, total)
+        self.print_to_log_file(text, add_timestamp=False)
 
     def _spent(self, whole_dataset=False):
         ledger = self.private.ledger
         entries = ledger.entries if whole_dataset else ledger.entries_of(ledger.run)
         return epsilon_of(entries, self.section.budget.delta)
 
+    @_refuse_cleanly
     def run_training(self):
+        """nnU-Net's loop over epochs of a few private steps, until the schedule or the budget ends."""
         if self._only_weights:
             self.print_to_log_file("This training is finished; nothing is left to continue.")
             return
@@ -306,6 +296,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.on_train_end()
 
     def on_train_epoch_start(self):
+        """Training mode, and the learning rate of the epoch's first step into nnU-Net's log."""
         self.network.train()
         rate = self.private.schedule.learning_rate_at(self.private.step, self.private.plan.steps)
         self.logger.log("lrs", rate, self.current_epoch)
@@ -317,6 +308,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         return {"loss": float(torch.stack(losses).mean()) if losses else float("nan")}
 
     def on_train_epoch_end(self, train_outputs):
+        """Mean local loss of the epoch; an epoch of empty draws repeats the last one."""
         losses = [output["loss"] for output in train_outputs if math.isfinite(output["loss"])]
         previous = self.logger.get_value("train_losses", None)
         fallback = previous[-1] if previous else 0.0
@@ -332,6 +324,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.logger.log("val_losses", loss, self.current_epoch)
 
     def on_epoch_end(self):
+        """One line on the console, a checkpoint, and now and then nnU-Net's plot."""
         self.logger.log("epoch_end_timestamps", time(), self.current_epoch)
         step, steps, budget = self.private.step, self.private.plan.steps, self.section.budget
         began, first = self._started
@@ -347,6 +340,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
             self.logger.plot_progress_png(self.output_folder)
 
     def on_train_end(self):
+        """Release the averaged weights; the running state stays in ``checkpoint_latest.pth``."""
         self._module().load_state_dict(_without_prefix(self.private.averaged_weights()))
         self.save_checkpoint(str(Path(self.output_folder) / FINAL))
         self.dataloader_train.close()

@@ -1,0 +1,41 @@
+"""Which networks may train privately: every layer is known to keep patients apart, anything else is refused by name.
+
+The gradient engine runs one patient at a time, so what could still couple patients is state: running statistics and
+buffers, which would be released without noise. The list is closed; a new layer is added here after it was examined.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nnunet_dp.errors import Refusal
+
+_SAFE_TORCH = frozenset(
+    "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Identity Sequential ModuleList "
+    "InstanceNorm1d InstanceNorm2d InstanceNorm3d GroupNorm LayerNorm LeakyReLU ReLU GELU SiLU ELU PReLU Sigmoid "
+    "Softmax AvgPool2d AvgPool3d MaxPool2d MaxPool3d AdaptiveAvgPool2d AdaptiveAvgPool3d Upsample "
+    "Dropout Dropout2d Dropout3d".split()
+)
+_SAFE_BLOCKS = frozenset(
+    "PlainConvUNet ResidualEncoderUNet PlainConvEncoder ResidualEncoder UNetDecoder ConvDropoutNormReLU "
+    "StackedConvBlocks StackedResidualBlocks BasicBlockD BottleneckD".split()
+)
+
+
+def refuse_coupling(network: nn.Module) -> None:
+    """Refuse a network in which one patient could reach another's gradient or an un-noised buffer.
+
+    Raises:
+        Refusal: naming the module (BatchNorm, running statistics, buffers, anything unknown).
+    """
+    for name, module in network.named_modules():
+        kind, home = type(module).__name__, type(module).__module__
+        if "BatchNorm" in kind or getattr(module, "track_running_stats", False):
+            raise Refusal(f"{kind} at '{name}' couples patients or keeps un-noised statistics: use InstanceNorm")
+        known = (home.startswith("torch.nn.") and kind in _SAFE_TORCH) or (
+            home.startswith("dynamic_network_architectures.") and kind in _SAFE_BLOCKS
+        )
+        if not known:
+            raise Refusal(f"module {home}.{kind} at '{name}' was never examined for privacy: use nnU-Net's U-Nets")
+    for name, _ in network.named_buffers():
+        raise Refusal(f"the network keeps a buffer '{name}', which would be released without noise")

@@ -1,0 +1,54 @@
+"""What people read: the plan as a table, the banner of a training.
+
+Wherever an epsilon is printed, its delta and its unit stand beside it, and what is not covered is said as plainly
+as what is.
+"""
+
+from __future__ import annotations
+
+from nnunet_dp.planning import PrivacySection
+
+
+def describe(section: PrivacySection, configuration: str, units: int | None) -> list[tuple[str, str]]:
+    """The plan in words: for the trainers' banner and for the planner's table."""
+    budget, plan = section.budget, section.configurations[configuration]
+    batch = f"{plan.sampling_probability:g} x training {budget.unit} slots"
+    if units is not None:
+        batch = f"{plan.sampling_probability * units:g} = {plan.sampling_probability:g} x {units} slots"
+    return [
+        ("guarantee", f"epsilon {budget.epsilon:g} at delta {budget.delta:g} per {budget.unit}"),
+        ("relation", f"{budget.relation}; {section.patients} units in the dataset; {section.accountant}"),
+        ("steps", f"{plan.steps}, {plan.patches_per_patient} patch a unit and step, schedule {plan.compute}"),
+        ("expected batch", batch),
+        ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
+        ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
+        ("covers", "; ".join(section.covers)),
+        ("NOT covered", "; ".join(section.not_covered)),
+    ]
+
+
+def banner(
+    section: PrivacySection, configuration: str, units: int, clip_rule: str, precision: str, spent: float, total: float
+) -> str:
+    """What a training says before its first step.
+
+    Args:
+        section: the private plan.
+        configuration: nnU-Net configuration.
+        units: public number of training slots.
+        clip_rule: its name.
+        precision: of the forward pass.
+        spent: epsilon of this run so far.
+        total: epsilon of all runs on the dataset so far.
+    """
+    augmentation = section.configurations[configuration].augmentation
+    lines = [
+        ("clip rule", clip_rule),
+        *describe(section, configuration, units),
+        ("arithmetic", f"forward in {precision}; norms, clip, sum and noise in float32 or better"),
+        ("changed", f"batch_dice off (it couples patients); augmentation {augmentation}; no checkpoint_best"),
+        ("charged so far", f"epsilon {spent:.4g} by this run, {total:.4g} by all runs on the dataset"),
+        ("LOCAL ONLY", "this folder and any zip of it: the guarantee covers the weights in checkpoint_final.pth"),
+        ("another budget", "nnunet-dp plan -d DATASET -c CONFIGURATION --epsilon E, then train with -p"),
+    ]
+    return "\n".join(["", "private training with nnunet_dp", *(f"  {label:<17} {text}" for label, text in lines), ""])

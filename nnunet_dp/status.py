@@ -1,0 +1,154 @@
+"""What a training has spent: read from the ledger, never from a stored number; safe while the training runs.
+
+Epsilon is composed from the run's lines in the fold's folder, checked against the dataset's ledger where that is at
+hand; the dataset's total counts every run ever charged on it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_dp.accounting import which_accountant
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.ledger import LedgerEntry, epsilon_of, events_of, read_copy, read_ledger, steps_done, steps_wasted
+from nnunet_dp.planning import PrivacySection
+from nnunet_dp.plans import configuration_plan, read_section
+
+LEDGER = "privacy_ledger.jsonl"
+
+
+@dataclass(frozen=True)
+class Status:
+    """A run's claim and what it rests on.
+
+    Attributes:
+        epsilon_spent: of this run, from its ledger lines.
+        epsilon_target: of the plan.
+        epsilon_dataset_total: of all runs on the dataset; None where the dataset's ledger is not at hand.
+        steps_done: different steps taken.
+        steps_wasted: steps charged again because a crash lost them.
+        patients: units in the dataset.
+        entries: number of the run's ledger lines.
+    """
+
+    run: str
+    epsilon_spent: float
+    epsilon_target: float
+    epsilon_dataset_total: float | None
+    delta: float
+    unit: str
+    relation: str
+    accountant: str
+    covers: tuple[str, ...]
+    not_covered: tuple[str, ...]
+    steps_done: int
+    steps_planned: int
+    steps_wasted: int
+    noise_multiplier: float
+    sampling_probability: float
+    patients: int
+    entries: int
+    finished: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Label and value, for a table."""
+        total = "unknown: the dataset's ledger is not at hand (set nnUNet_preprocessed)"
+        if self.epsilon_dataset_total is not None:
+            total = f"epsilon {self.epsilon_dataset_total:.4g} by all runs on this dataset"
+        wasted = f", {self.steps_wasted} lost in crashes and charged" if self.steps_wasted else ""
+        return [
+            ("run", self.run),
+            ("spent", f"epsilon {self.epsilon_spent:.4g} of {self.epsilon_target:g} at delta {self.delta:g}"),
+            ("unit", f"{self.unit} ({self.patients} in the dataset), relation {self.relation}"),
+            ("dataset", total),
+            ("steps", f"{self.steps_done} of {self.steps_planned}{wasted}"),
+            ("mechanism", f"noise {self.noise_multiplier:.4g}, sampling probability {self.sampling_probability:g}"),
+            ("accountant", f"{self.accountant}, {self.entries} ledger lines"),
+            ("covers", "; ".join(self.covers)),
+            ("NOT covered", "; ".join(self.not_covered)),
+        ]
+
+
+def read_status(folder: Path) -> Status:
+    """Status of the newest run in a fold's folder.
+
+    Raises:
+        UsageRefusal: when the folder holds no private training.
+        Refusal: when the run's lines and the dataset's ledger disagree.
+    """
+    folder = Path(folder).resolve()
+    plans, copy = folder.parent / "plans.json", folder / LEDGER
+    if not plans.is_file() or not folder.name.startswith("fold_"):
+        raise UsageRefusal(
+            f"expected the folder of a fold, such as nnUNetTrainerDP__nnUNetPlansDP_eps8__3d_fullres/fold_0; "
+            f"{folder.name} has no plans.json beside it"
+        )
+    content = json.loads(plans.read_text())
+    section = read_section(content)
+    if section is None:
+        raise UsageRefusal(f"{folder.parent.name} was not trained with privacy: its plans have no private section")
+    configuration = folder.parent.name.rsplit("__", 1)[-1]
+    copied = read_copy(copy) if copy.is_file() else ()  # before the dataset's, which always holds at least as much
+    dataset = _dataset_entries(content["dataset_name"])
+    mine = _run_entries(copied, dataset)
+    return _status(section, configuration, mine, dataset, (folder / "checkpoint_final.pth").is_file())
+
+
+def _run_entries(
+    copied: tuple[LedgerEntry, ...], dataset: tuple[LedgerEntry, ...] | None
+) -> tuple[LedgerEntry, ...]:
+    """The newest run's lines: from the dataset's ledger where possible, which may hold one line more than the copy."""
+    if not copied:
+        return ()
+    run = copied[-1].run
+    mine = tuple(entry for entry in copied if entry.run == run)
+    if dataset is None:
+        return mine
+    known = {entry.hash for entry in dataset}
+    if any(entry.hash not in known for entry in mine):
+        raise Refusal(f"lines of the run are missing from the dataset's {LEDGER}: put it back from a backup")
+    return tuple(entry for entry in dataset if entry.run == run)
+
+
+def _dataset_entries(dataset: str) -> tuple[LedgerEntry, ...] | None:
+    base = os.environ.get("nnUNet_preprocessed")
+    file = Path(base) / dataset / LEDGER if base else None
+    return read_ledger(file) if file is not None and file.is_file() else None
+
+
+def _status(
+    section: PrivacySection,
+    configuration: str,
+    mine: tuple[LedgerEntry, ...],
+    dataset: tuple[LedgerEntry, ...] | None,
+    finished: bool,
+) -> Status:
+    plan, budget = configuration_plan(section, configuration), section.budget
+    return Status(
+        run=mine[-1].run if mine else "no charge yet",
+        epsilon_spent=epsilon_of(mine, budget.delta),
+        epsilon_target=budget.epsilon,
+        epsilon_dataset_total=None if dataset is None else epsilon_of(dataset, budget.delta),
+        delta=budget.delta,
+        unit=budget.unit,
+        relation=budget.relation,
+        accountant=which_accountant(events_of(mine), budget.delta),
+        covers=section.covers,
+        not_covered=section.not_covered,
+        steps_done=steps_done(mine),
+        steps_planned=plan.steps,
+        steps_wasted=steps_wasted(mine),
+        noise_multiplier=plan.noise_multiplier,
+        sampling_probability=plan.sampling_probability,
+        patients=section.patients,
+        entries=len(mine),
+        finished=finished,
+    )
