@@ -98,7 +98,7 @@ class RunFolder:
     def verify_ledger(self) -> None:
         """Refuse a dataset ledger that lacks charges which any model of the dataset still holds a copy of."""
         known = {entry.line for entry in self._charges()}
-        for copy in sorted(self.results.glob(f"*/fold_*/{LEDGER}")):
+        for copy in sorted(self.results.rglob(LEDGER)):  # archived runs included
             lines = [line for line in copy.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
             lost = sum(line not in known for line in lines)
             if lost:

@@ -125,9 +125,10 @@ class nnUNetTrainerDP(nnUNetTrainer):
         """Refuse what happened behind the trainer's back between construction and training."""
         if self.disable_checkpointing:
             raise Refusal("disable_checkpointing would lose charged steps in a crash")
-        for name in ("_build_loss", "train_step", "run_training", "build_network_architecture"):
-            if getattr(type(self), name) is not getattr(nnUNetTrainerDP, name):
-                raise Refusal(f"{type(self).__name__} overrides {name}: a custom loss or step was never examined")
+        for kind in type(self).__mro__[: type(self).__mro__.index(nnUNetTrainerDP)]:
+            changed = sorted(set(vars(kind)) - {"clip_rule", "__doc__", "__module__", "__qualname__"})
+            if [name for name in changed if not name.startswith("__")]:
+                raise Refusal(f"{kind.__name__} overrides {', '.join(changed)}: a custom loss or step was never examined")
         refuse_coupling(self._module())
         if self._initial_digest != _weights_digest(self._module()) and not self._weights_declared():
             raise Refusal("the network's weights were changed before training: declare public weights in the plan")
