@@ -125,9 +125,7 @@ def default_delta(units: int) -> float:
         (1e-05, 1e-06, 1e-07)
     """
     if units < 1:
-        raise UsageRefusal(
-            f"the number of units should be at least 1, found {units}; give a dataset with patients"
-        )
+        raise UsageRefusal(f"the number of units should be at least 1, found {units}; give a dataset with patients")
     digits = len(str(units - 1)) if units > 1 else 0  # ceil(log10 N) without floating point
     return min(1e-5, float(f"1e-{digits + 1}"))
 
@@ -265,9 +263,7 @@ def _atoms(event: DpEvent) -> Iterator[tuple[_Atom, int]]:
     elif isinstance(event, PoissonSampledDpEvent):
         yield from _sampled(event)
     elif not isinstance(event, NoOpDpEvent):
-        raise Refusal(
-            f"an event should be one of {SUPPORTED}; found {type(event).__name__}: no epsilon is claimed"
-        )
+        raise Refusal(f"an event should be one of {SUPPORTED}; found {type(event).__name__}: no epsilon is claimed")
 
 
 def _sampled(event: PoissonSampledDpEvent) -> Iterator[tuple[_Atom, int]]:
@@ -351,9 +347,7 @@ def _single(atom: _Atom, interval: float) -> PrivacyLossDistribution:
     options["sampling_prob"] = atom.sampling_probability
     if atom.kind == "laplace":
         return privacy_loss_distribution.from_laplace_mechanism(atom.parameter, **options)
-    return privacy_loss_distribution.from_gaussian_mechanism(
-        atom.parameter, neighboring_relation=RELATION, **options
-    )
+    return privacy_loss_distribution.from_gaussian_mechanism(atom.parameter, neighboring_relation=RELATION, **options)
 
 
 def _pld_interval(schedule: _Schedule, delta: float) -> float | None:

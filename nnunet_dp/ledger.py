@@ -104,9 +104,7 @@ class Charge(BaseModel):
             wanted = "epsilon and no noise_multiplier" if pure else "noise_multiplier and no epsilon"
             raise ValueError(f"a {self.mechanism} charge should have {wanted}")
         if pure and self.sampling_probability != 1:
-            raise ValueError(
-                "a pure_dp charge should have sampling_probability 1: its epsilon is for the full batch"
-            )
+            raise ValueError("a pure_dp charge should have sampling_probability 1: its epsilon is for the full batch")
         return self
 
     @property
@@ -168,9 +166,7 @@ class Receipt:
 
     def __init__(self, charge: Charge, *, maker: object) -> None:
         if maker is not _MAKER:
-            raise Refusal(
-                "a receipt should come from Ledger.charge, found one made by hand: charge the ledger"
-            )
+            raise Refusal("a receipt should come from Ledger.charge, found one made by hand: charge the ledger")
         self._charge = charge
         self._left = charge.count
 
@@ -187,13 +183,10 @@ class Receipt:
         """
         if event != self._charge.unit_event:
             raise Refusal(
-                f"the release should cost what was charged, {self._charge.unit_event}, found {event}: charge "
-                "this event"
+                f"the release should cost what was charged, {self._charge.unit_event}, found {event}: charge this event"
             )
         if self._left < 1:
-            raise Refusal(
-                f"a receipt should pay for {self._charge.count} release(s), found one more: charge again"
-            )
+            raise Refusal(f"a receipt should pay for {self._charge.count} release(s), found one more: charge again")
         self._left -= 1
 
     def __reduce__(self) -> Any:
@@ -292,8 +285,7 @@ class Ledger:
             )
         if sequence and self._entries[sequence - 1].hash != hash:
             raise LedgerError(
-                f"line {sequence} of the ledger should be the one the checkpoint knows, found another; "
-                + RESTORE
+                f"line {sequence} of the ledger should be the one the checkpoint knows, found another; " + RESTORE
             )
 
     def verify_copy(self) -> None:
@@ -310,8 +302,7 @@ class Ledger:
         for number, line in enumerate(self.copy.read_bytes().splitlines(keepends=True), 1):
             if line.endswith(b"\n") and line not in known:
                 raise LedgerError(
-                    f"line {number} of the run's copy should be in the dataset's ledger, found no such line; "
-                    + RESTORE
+                    f"line {number} of the run's copy should be in the dataset's ledger, found no such line; " + RESTORE
                 )
 
     def _entry(self, charge: Charge, checkpoint: str | None) -> LedgerEntry:
@@ -331,9 +322,7 @@ class Ledger:
         size = 0 if descriptor is None else os.fstat(descriptor).st_size
         last = self._entries[-1].line if self._entries else b""
         if size < self._size or _read(descriptor, self._size - len(last), self._size) != last:
-            raise LedgerError(
-                "the ledger should only grow, found it shorter or rewritten under this run; " + RESTORE
-            )
+            raise LedgerError("the ledger should only grow, found it shorter or rewritten under this run; " + RESTORE)
         text = _read(descriptor, self._size, size)
         complete = text[: text.rfind(b"\n") + 1]
         fresh = list(_parse(complete, self.head))
@@ -360,9 +349,7 @@ def read_ledger(path: Path) -> tuple[LedgerEntry, ...]:
     """
     with _locked_for_reading(Path(path)) as descriptor:
         if descriptor is None:
-            raise LedgerError(
-                f"there should be a ledger named {Path(path).name}, found no such file; " + RESTORE
-            )
+            raise LedgerError(f"there should be a ledger named {Path(path).name}, found no such file; " + RESTORE)
         text = _read(descriptor, 0, os.fstat(descriptor).st_size)
     complete = text[: text.rfind(b"\n") + 1]
     if complete != text:

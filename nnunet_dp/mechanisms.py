@@ -221,9 +221,7 @@ class GaussianWithCount:
         _require_type(bounded, ClippedSum)
         _require_device(bounded.tensors, generator)
         if bounded.centred_count is None:
-            raise Refusal(
-                "a centred count should come with the sum, found none: release with SubsampledGaussian"
-            )
+            raise Refusal("a centred count should come with the sum, found none: release with SubsampledGaussian")
         _spend(receipt, self.event, bounded._once, self.sampling_probability)
         count = torch.tensor(bounded.centred_count, dtype=torch.float64, device=generator.device)
         deviation = z_delta(self.noise_multiplier, self.count_noise) * bounded.l2_bound
@@ -264,9 +262,7 @@ class Laplace:
             first_step=step,
         )
 
-    def release(
-        self, bounded: L1Bounded, receipt: Receipt, generator: torch.Generator
-    ) -> tuple[torch.Tensor, ...]:
+    def release(self, bounded: L1Bounded, receipt: Receipt, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Spend the receipt, then add the noise; raises like ``SubsampledGaussian.release``."""
         _require_type(bounded, L1Bounded)
         _require_device(bounded.tensors, generator)
@@ -323,13 +319,9 @@ def _sampled(probability: float, event: DpEvent) -> DpEvent:
 
 def _spend(receipt: Receipt, event: DpEvent, once: _Once, sampling_probability: float) -> None:
     if not isinstance(receipt, Receipt):
-        raise Refusal(
-            "a receipt of the ledger should come with a release, found none: call Ledger.charge first"
-        )
+        raise Refusal("a receipt of the ledger should come with a release, found none: call Ledger.charge first")
     if once.used and sampling_probability < 1:
-        raise Refusal(
-            "a Poisson draw should meet noise once, found a second release of it: draw the patients afresh"
-        )
+        raise Refusal("a Poisson draw should meet noise once, found a second release of it: draw the patients afresh")
     receipt.spend(event)
     once.used = True
 
@@ -365,17 +357,13 @@ def _require_positive(name: str, value: float) -> None:
 
 def _require_probability(value: float) -> None:
     if not 0 < value <= 1:
-        raise UsageRefusal(
-            f"the sampling probability should lie in (0, 1], found {value}; 1 is the full batch"
-        )
+        raise UsageRefusal(f"the sampling probability should lie in (0, 1], found {value}; 1 is the full batch")
 
 
 def _require_floats(tensors: Sequence[torch.Tensor]) -> None:
     wrong = {str(tensor.dtype) for tensor in tensors} - {"torch.float32", "torch.float64"}
     if wrong:
-        raise UsageRefusal(
-            f"sums should be float32 or float64, found {sorted(wrong)}: call .float() before clipping"
-        )
+        raise UsageRefusal(f"sums should be float32 or float64, found {sorted(wrong)}: call .float() before clipping")
 
 
 def _require_type(value: object, kind: type) -> None:

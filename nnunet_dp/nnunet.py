@@ -26,18 +26,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta, epsilon
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.patients import (
-    Patients,
-    cases_as_units,
-    check_splits,
-    digest,
-    make_splits,
-    read_patients,
-    write_canonical,
-)
+from nnunet_dp.patients import Patients, cases_as_units, digest, read_patients, write_canonical
 from nnunet_dp.planning import NOT_COVERED, Compute, ConfigurationPlan, PrivacySection, plan_configuration
 from nnunet_dp.plans import plans_name, read_section, shrunk_architecture, with_section, write_json
 from nnunet_dp.report import describe
+from nnunet_dp.splits import Splits, check_splits, make_splits
 
 LEDGER = "privacy_ledger.jsonl"
 PATIENTS = "patients.csv"
@@ -99,9 +92,17 @@ def find_patients(folder: Path, file: Path | None = None, column: str | None = N
         return read_patients(kept, None, cases) if kept.is_file() else cases_as_units(cases)
     if file is None and column is None and kept.is_file():
         column = read_patients(kept, None, cases).column  # the column chosen when the copy was made
-    patients = read_patients(source, column, cases)
+    patients = read_patients(source, column, cases, _held_out(folder))
     _keep_patients(patients, kept, replace)
     return patients
+
+
+def _held_out(folder: Path) -> set[str]:
+    """Cases of the raw dataset's imagesTs: they may have rows in a patients file, and are no training slots."""
+    ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+    images = Path(str(nnUNet_raw)) / folder.name / "imagesTs" if nnUNet_raw.is_set() else None
+    files = images.glob(f"*_0000{ending}") if images is not None and images.is_dir() else ()
+    return {file.name.removesuffix(f"_0000{ending}") for file in files}
 
 
 def _keep_patients(patients: Patients, kept: Path, replace: bool) -> None:
@@ -121,7 +122,7 @@ def _keep_patients(patients: Patients, kept: Path, replace: bool) -> None:
         fresh.unlink(missing_ok=True)
 
 
-def find_splits(folder: Path, patients: Patients) -> list[dict[str, list[str]]]:
+def find_splits(folder: Path, patients: Patients) -> Splits:
     """The dataset's splits, made by patient with a keyed hash where none exist.
 
     Raises:
@@ -129,9 +130,11 @@ def find_splits(folder: Path, patients: Patients) -> list[dict[str, list[str]]]:
     """
     file, cases = folder / SPLITS, dataset_cases(folder)
     if not file.is_file():
-        splits = make_splits(patients, cases, key=f"nnunet_dp splits 1 {folder.name}".encode())
-        write_json(splits, file)  # type: ignore[arg-type]
-    splits = json.loads(file.read_text())
+        write_json(make_splits(patients, cases, key=f"nnunet_dp splits 1 {folder.name}".encode()), file)
+    try:
+        splits = json.loads(file.read_text())
+    except ValueError:
+        raise UsageRefusal(f"{SPLITS} is not JSON: delete it, so that it is made by patient, or mend it") from None
     check_splits(splits, patients)
     return splits
 
@@ -412,6 +415,19 @@ def calling_options() -> CallingOptions:
 def file_sha256(file: Path | str) -> str:
     """SHA-256 of a file's bytes."""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+def refuse_missing(dataset_class: Any, folder: Path, slots: Mapping[str, tuple[str, ...]]) -> None:
+    """Refuse a fold whose cases were not all preprocessed for this configuration.
+
+    Raises:
+        Refusal: saying how many are missing; their names are private.
+    """
+    missing = {case for cases in slots.values() for case in cases} - set(dataset_class.get_identifiers(str(folder)))
+    if missing:
+        raise Refusal(
+            f"{len(missing)} training cases of this fold are not in {folder.name}: run nnUNetv2_preprocess for it"
+        )
 
 
 def data_digest(folder: Path, slots: Mapping[str, tuple[str, ...]], plan: ConfigurationPlan) -> str:

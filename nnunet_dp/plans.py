@@ -105,7 +105,7 @@ def configuration_plan(section: PrivacySection, configuration: str) -> Configura
     return section.configurations[configuration]
 
 
-def write_json(content: dict[str, Any], file: Path) -> None:
+def write_json(content: Any, file: Path) -> None:
     """Write JSON whole or not at all: temporary file, fsync, rename."""
     temporary = file.with_name(file.name + ".writing")
     with open(temporary, "w", encoding="utf-8") as stream:

@@ -6,6 +6,11 @@ as what is.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from nnunet_dp.accounting import PrivacyBudget
+from nnunet_dp.ledger import LedgerEntry, epsilon_of
 from nnunet_dp.planning import PrivacySection
 
 
@@ -52,3 +57,18 @@ def banner(
         ("another budget", "nnunet-dp plan -d DATASET -c CONFIGURATION --epsilon E, then train with -p"),
     ]
     return "\n".join(["", "private training with nnunet_dp", *(f"  {label:<17} {text}" for label, text in lines), ""])
+
+
+def plot_spending(entries: Sequence[LedgerEntry], budget: PrivacyBudget, file: Path) -> None:
+    """Draw epsilon against the number of releases of one run, with its target; a function of the ledger only."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = sorted({round(len(entries) * share / 20) for share in range(21)})
+    figure = Figure(figsize=(6, 4), layout="tight")
+    axes = figure.subplots()
+    axes.plot(counts, [epsilon_of(entries[:count], budget.delta) for count in counts], label="spent")
+    axes.axhline(budget.epsilon, linestyle="--", color="grey", label="target")
+    axes.set(xlabel="releases charged", ylabel=f"epsilon at delta {budget.delta:g} per {budget.unit}", ylim=(0, None))
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(file))

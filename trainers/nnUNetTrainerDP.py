@@ -37,9 +37,10 @@ from nnunet_dp.dpsgd import Execution, PrivateTraining
 from nnunet_dp.errors import Refusal
 from nnunet_dp.ledger import epsilon_of
 from nnunet_dp.loading import PatientLoader
-from nnunet_dp.patients import Patients, cases_as_units, fold_slots, read_canonical
-from nnunet_dp.report import banner
+from nnunet_dp.patients import Patients, cases_as_units, read_canonical
+from nnunet_dp.report import banner, plot_spending
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
+from nnunet_dp.splits import fold_slots
 
 
 def _refuse_cleanly(method):
@@ -126,9 +127,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
         if self.disable_checkpointing:
             raise Refusal("disable_checkpointing would lose charged steps in a crash")
         for kind in type(self).__mro__[: type(self).__mro__.index(nnUNetTrainerDP)]:
-            changed = sorted(set(vars(kind)) - {"clip_rule", "__doc__", "__module__", "__qualname__"})
-            if [name for name in changed if not name.startswith("__")]:
-                raise Refusal(f"{kind.__name__} overrides {', '.join(changed)}: a custom loss or step was never examined")
+            changed = [name for name in vars(kind) if not name.startswith("__") and name != "clip_rule"]
+            if changed:
+                raise Refusal(f"{kind.__name__} overrides {', '.join(changed)}: no custom loss or step was examined")
         refuse_coupling(self._module())
         if self._initial_digest != _weights_digest(self._module()) and not self._weights_declared():
             raise Refusal("the network's weights were changed before training: declare public weights in the plan")
@@ -231,6 +232,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         )
         run.lock()
         slots, _ = self._slots()
+        nnunet.refuse_missing(self.dataset_class, Path(self.preprocessed_dataset_folder), slots)
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
         self._start(run, slots)
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -339,6 +341,8 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self._save_latest()
         if self.private.finished or self.current_epoch % 5 == 0:
             self.logger.plot_progress_png(self.output_folder)
+            ledger = self.private.ledger
+            plot_spending(ledger.entries_of(ledger.run), budget, Path(self.output_folder) / "privacy_spent.png")
 
     def on_train_end(self):
         """Release the averaged weights; the running state stays in ``checkpoint_latest.pth``."""
