@@ -6,11 +6,6 @@ large a Gaussian would a budget buy at once (``gaussian_mu``, for rules of thumb
 *zero-out*: one patient's slot is replaced by an empty record that contributes nothing; dp_accounting's
 ``REPLACE_SPECIAL``.
 
-How the pieces vary: an event is a Gaussian, a Laplace or a pure-epsilon release (``PureDpEvent``), on
-everybody or on a Poisson draw (``PoissonSampledDpEvent``), repeated (``SelfComposedDpEvent``) and mixed in
-any order. Several Gaussians on *one* draw are one Gaussian; any other mixture on one draw is refused, as is
-every event not named here.
-
 Example:
     >>> budget = PrivacyBudget(epsilon=8, delta=1e-4)
     >>> schedule = lambda noise_multiplier: SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), 100)
@@ -31,23 +26,17 @@ Design note: the grid is a fiftieth of the loss's spread per step: the error of 
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from importlib.metadata import version
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from dp_accounting.dp_event import (
-    ComposedDpEvent,
     DpEvent,
     GaussianDpEvent,
-    LaplaceDpEvent,
-    NoOpDpEvent,
     PoissonSampledDpEvent,
-    SelfComposedDpEvent,
 )
 from dp_accounting.pld import common, privacy_loss_distribution
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution
@@ -58,7 +47,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 
-from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
+from nnunet_dp.errors import BudgetRefusal, UsageRefusal
+from nnunet_dp.events import Atom, PureDpEvent, Schedule, canonical, on_everybody
 
 ACCOUNTANT = f"dp_accounting {version('dp-accounting')} PLD"
 """The accountant that speaks unless ``which_accountant`` says otherwise."""
@@ -69,12 +59,6 @@ POINTS_PER_RELEASE = 100_000
 SMALLEST_PLD_DELTA = 1e-9
 FFT_ROUNDING = 1e-12  # absolute error of a composed delta, taken off the target; about 2e-13 was seen
 RDP_ROUNDING = 1e-10  # per release; below it dp_accounting's sums over binomials lose their digits
-SUPPORTED = (
-    "GaussianDpEvent, LaplaceDpEvent, PureDpEvent, PoissonSampledDpEvent of a Gaussian or a Laplace, "
-    "SelfComposedDpEvent and ComposedDpEvent of these"
-)
-
-
 class PrivacyBudget(BaseModel):
     """What a patient may lose at most: (epsilon, delta) under a relation, per unit.
 
@@ -91,24 +75,6 @@ class PrivacyBudget(BaseModel):
     delta: float = Field(gt=0, lt=1)
     relation: Literal["zero-out"] = "zero-out"
     unit: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)] = "patient"
-
-
-@dataclass(frozen=True)
-class PureDpEvent(DpEvent):
-    """A release that is epsilon-DP with delta 0: exponential mechanism, noisy maximum."""
-
-    epsilon: float
-
-
-class _Atom(NamedTuple):
-    """One kind of release: the canonical form that equal events share."""
-
-    kind: Literal["gaussian", "laplace", "pure_dp"]
-    sampling_probability: float
-    parameter: float
-
-
-_Schedule = tuple[tuple[_Atom, int], ...]
 
 
 def default_delta(units: int) -> float:
@@ -148,13 +114,13 @@ def epsilon(events: Iterable[DpEvent], delta: float) -> float:
     """
     if not 0 < delta < 1:
         raise UsageRefusal(f"delta should lie between 0 and 1, found {delta}; type for example 1e-5")
-    schedule = _canonical(events)
+    schedule = canonical(events)
     return _epsilon(schedule, delta) if schedule else 0.0
 
 
 def which_accountant(events: Iterable[DpEvent], delta: float = 1e-5) -> str:
     """Name and version of the accountant that ``epsilon`` uses for these events."""
-    schedule = _canonical(events)
+    schedule = canonical(events)
     return ACCOUNTANT if not schedule or _pld_interval(schedule, delta) is not None else FALLBACK_ACCOUNTANT
 
 
@@ -232,90 +198,11 @@ def z_delta(noise_multiplier: float, count_noise: float) -> float:
     return (noise_multiplier**-2 - (2 * count_noise) ** -2) ** -0.5
 
 
-# ---- events to the canonical schedule ------------------------------------------------------------
-
-
-def _canonical(events: Iterable[DpEvent]) -> _Schedule:
-    """The multiset of atoms, sorted; all full-batch Gaussians become one."""
-    counts: Counter[_Atom] = Counter()
-    for event in events:
-        for atom, count in _atoms(event):
-            counts[atom] += count
-    whole = {atom: count for atom, count in counts.items() if _is_gaussian_on_everybody(atom)}
-    rest = [(atom, count) for atom, count in counts.items() if atom not in whole]
-    if whole:
-        rest.append((_Atom("gaussian", 1.0, _joint_multiplier(whole.items())), 1))
-    return tuple(sorted(rest))
-
-
-def _atoms(event: DpEvent) -> Iterator[tuple[_Atom, int]]:
-    """Every release in an event with its count, or a refusal by name."""
-    if isinstance(event, GaussianDpEvent):
-        yield _Atom("gaussian", 1.0, _positive(event.noise_multiplier)), 1
-    elif isinstance(event, LaplaceDpEvent):
-        yield _Atom("laplace", 1.0, _positive(event.noise_multiplier)), 1
-    elif isinstance(event, PureDpEvent):
-        yield _Atom("pure_dp", 1.0, _positive(event.epsilon)), 1
-    elif isinstance(event, SelfComposedDpEvent):
-        yield from ((atom, count * _natural(event.count)) for atom, count in _atoms(event.event))
-    elif isinstance(event, ComposedDpEvent):
-        yield from (pair for part in event.events for pair in _atoms(part))
-    elif isinstance(event, PoissonSampledDpEvent):
-        yield from _sampled(event)
-    elif not isinstance(event, NoOpDpEvent):
-        raise Refusal(f"an event should be one of {SUPPORTED}; found {type(event).__name__}: no epsilon is claimed")
-
-
-def _sampled(event: PoissonSampledDpEvent) -> Iterator[tuple[_Atom, int]]:
-    """Releases on one Poisson draw: one Laplace, or Gaussians that count as one."""
-    probability = _positive(event.sampling_probability)
-    inner = list(_atoms(event.event))
-    if probability > 1:
-        raise UsageRefusal(f"the sampling probability should be at most 1, found {probability}")
-    if probability == 1:
-        yield from inner
-    elif inner and all(_is_gaussian_on_everybody(atom) for atom, _ in inner):
-        yield _Atom("gaussian", probability, _joint_multiplier(inner)), 1
-    elif [(atom.kind, atom.sampling_probability, count) for atom, count in inner] == [("laplace", 1.0, 1)]:
-        yield inner[0][0]._replace(sampling_probability=probability), 1
-    elif inner:
-        raise Refusal(
-            "one Poisson draw should meet Gaussian queries, or one Laplace query; found "
-            f"PoissonSampledDpEvent of {type(event.event).__name__}; use the full batch or a separate draw "
-            "for each"
-        )
-
-
-def _on_everybody(atom: _Atom) -> bool:
-    return atom.sampling_probability == 1
-
-
-def _is_gaussian_on_everybody(atom: _Atom) -> bool:
-    return atom.kind == "gaussian" and _on_everybody(atom)
-
-
-def _joint_multiplier(pairs: Iterable[tuple[_Atom, int]]) -> float:
-    """Gaussians on the same records are one Gaussian: inverse variances add (fsum: whatever the order)."""
-    return math.fsum(count / atom.parameter**2 for atom, count in pairs) ** -0.5
-
-
-def _positive(value: float) -> float:
-    if not (value > 0 and math.isfinite(value)):
-        raise UsageRefusal(f"a parameter of an event should be finite and above 0, found {value}")
-    return float(value)
-
-
-def _natural(count: int) -> int:
-    if count < 1 or count != int(count):
-        raise UsageRefusal(f"the count of a composition should be a whole number from 1, found {count}")
-    return int(count)
-
-
 # ---- the two accountants -------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=8192)
-def _epsilon(schedule: _Schedule, delta: float) -> float:
+def _epsilon(schedule: Schedule, delta: float) -> float:
     interval = _pld_interval(schedule, delta)
     if interval is not None:
         rounding = FFT_ROUNDING if delta >= SMALLEST_PLD_DELTA else 0.0
@@ -325,7 +212,7 @@ def _epsilon(schedule: _Schedule, delta: float) -> float:
     return _rdp_epsilon(schedule, delta)
 
 
-def _composed(schedule: _Schedule, interval: float) -> PrivacyLossDistribution:
+def _composed(schedule: Schedule, interval: float) -> PrivacyLossDistribution:
     """PLD of the whole schedule, pessimistic, on a grid of the given interval."""
     total: PrivacyLossDistribution | None = None
     for atom, count in schedule:
@@ -337,7 +224,7 @@ def _composed(schedule: _Schedule, interval: float) -> PrivacyLossDistribution:
 
 
 @lru_cache(maxsize=16)
-def _single(atom: _Atom, interval: float) -> PrivacyLossDistribution:
+def _single(atom: Atom, interval: float) -> PrivacyLossDistribution:
     """PLD of one release; kept, because a training asks for one more of the same at every step."""
     options: dict[str, Any] = {"value_discretization_interval": interval}
     if atom.kind == "pure_dp":
@@ -350,7 +237,7 @@ def _single(atom: _Atom, interval: float) -> PrivacyLossDistribution:
     return privacy_loss_distribution.from_gaussian_mechanism(atom.parameter, neighboring_relation=RELATION, **options)
 
 
-def _pld_interval(schedule: _Schedule, delta: float) -> float | None:
+def _pld_interval(schedule: Schedule, delta: float) -> float | None:
     """Grid interval for PLD, or None where RDP has to speak (the rule in the module's docstring)."""
     spread, widest = _spread(schedule), max(_width(atom) for atom, _ in schedule)
     counts = [count for _, count in schedule]
@@ -367,33 +254,33 @@ def _power_of_two(value: float, rounding: Callable[[float], int]) -> float:
     return 1e-4 * 2.0 ** rounding(math.log2(value / 1e-4))
 
 
-def _spread(schedule: _Schedule) -> float:
+def _spread(schedule: Schedule) -> float:
     """Standard deviation of the composed loss, roughly (the mu of the central limit theorem)."""
     return math.sqrt(math.fsum(count * _mu(atom) ** 2 for atom, count in schedule))
 
 
-def _mu(atom: _Atom) -> float:
+def _mu(atom: Atom) -> float:
     if atom.kind == "gaussian":
         whole = 1 / atom.parameter
         sampled = atom.sampling_probability * math.sqrt(math.expm1(min(whole**2, 700)))
-        return whole if _on_everybody(atom) else min(whole, sampled)
+        return whole if on_everybody(atom) else min(whole, sampled)
     return _pure_epsilon(atom)
 
 
-def _pure_epsilon(atom: _Atom) -> float:
+def _pure_epsilon(atom: Atom) -> float:
     """Epsilon of a pure-DP atom; a Poisson draw turns eps into log(1 + q (e^eps - 1))."""
     whole = atom.parameter if atom.kind == "pure_dp" else 1 / atom.parameter
-    if _on_everybody(atom) or whole > 700:
+    if on_everybody(atom) or whole > 700:
         return whole
     return math.log1p(atom.sampling_probability * math.expm1(whole))
 
 
-def _width(atom: _Atom) -> float:
+def _width(atom: Atom) -> float:
     """Width of one release's loss, cut where dp_accounting does: at ten deviations of the noise."""
     if atom.kind != "gaussian":
         return 2 * _pure_epsilon(atom)
     highest = 10 / atom.parameter + 0.5 * atom.parameter**-2
-    if _on_everybody(atom):
+    if on_everybody(atom):
         return 2 * highest
     absent, drawn = math.log1p(-atom.sampling_probability), math.log(atom.sampling_probability)
     return float(np.logaddexp(absent, drawn + highest) - np.logaddexp(absent, drawn - highest))
@@ -422,7 +309,7 @@ class _RdpAccountant(RdpAccountant):
         return float(compute_epsilon(self._orders[keep].tolist(), self._rdp[keep].tolist(), delta)[0])
 
 
-def _rdp_epsilon(schedule: _Schedule, delta: float) -> float:
+def _rdp_epsilon(schedule: Schedule, delta: float) -> float:
     accountant = _RdpAccountant(neighboring_relation=RELATION)
     with _quiet_absl():
         for atom, count in schedule:
@@ -431,7 +318,7 @@ def _rdp_epsilon(schedule: _Schedule, delta: float) -> float:
         return accountant.reliable_epsilon(delta, sum(count for _, count in schedule))
 
 
-def _event(atom: _Atom) -> DpEvent:
+def _event(atom: Atom) -> DpEvent:
     return PoissonSampledDpEvent(atom.sampling_probability, GaussianDpEvent(atom.parameter))
 
 
@@ -457,7 +344,7 @@ def _analytic_noise(make_event: Callable[[float], DpEvent], budget: PrivacyBudge
     target = gaussian_mu(budget)
 
     def excess(noise_multiplier: float) -> float:
-        return math.log(_spread(_canonical([make_event(noise_multiplier)])) / target)
+        return math.log(_spread(canonical([make_event(noise_multiplier)])) / target)
 
     lowest, highest = 1e-4, 1e8
     if excess(highest) > 0:  # a part that this noise does not touch is too dear: _bracket will say so

@@ -52,8 +52,9 @@ from dp_accounting.dp_event import (
 )
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
-from nnunet_dp.accounting import PureDpEvent, epsilon
+from nnunet_dp.accounting import epsilon
 from nnunet_dp.errors import Refusal
+from nnunet_dp.events import PureDpEvent
 
 VERSION = 1
 TRAINING = "training"

@@ -27,7 +27,6 @@ from nnunet_dp import accounting
 from nnunet_dp.accounting import (
     ACCOUNTANT,
     PrivacyBudget,
-    PureDpEvent,
     calibrate,
     default_delta,
     epsilon,
@@ -36,6 +35,7 @@ from nnunet_dp.accounting import (
     z_delta,
 )
 from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
+from nnunet_dp.events import PureDpEvent
 
 # (q, T, sigma, delta); the first is the schedule of PRIVACY.md: PLD 3.320 < PRV 3.330 < RDP 3.665
 SCHEDULES = [(0.5, 200, 8.0, 1e-4), (0.1, 300, 1.5, 1e-5), (0.01, 1000, 1.0, 1e-6), (0.9, 60, 6.0, 1e-4)]
@@ -220,12 +220,12 @@ def test_rdp_also_prices_pure_laplace_and_sampled_laplace_events() -> None:
         LaplaceDpEvent(5.0),
         PoissonSampledDpEvent(0.5, LaplaceDpEvent(2)),
     ]
-    assert epsilon(events, 1e-9) <= accounting._rdp_epsilon(accounting._canonical(events), 1e-9)
+    assert epsilon(events, 1e-9) <= accounting._rdp_epsilon(accounting.canonical(events), 1e-9)
 
 
 def test_an_order_whose_divergence_drowned_in_rounding_says_nothing() -> None:
     assert rdp(0.3, 20_000, 4e7, 1e-9) == 0.0  # dp_accounting 0.6 by itself: cancellation made them negative
-    assert accounting._rdp_epsilon(accounting._canonical([schedule(0.3, 20_000, 4e7)]), 1e-9) > 0
+    assert accounting._rdp_epsilon(accounting.canonical([schedule(0.3, 20_000, 4e7)]), 1e-9) > 0
 
 
 # ---- calibration ---------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from nnunet_dp import ledger as module
-from nnunet_dp.accounting import PureDpEvent, epsilon
+from nnunet_dp.accounting import epsilon
+from nnunet_dp.events import PureDpEvent
 from nnunet_dp.ledger import (
     FIRST_PREVIOUS,
     Charge,

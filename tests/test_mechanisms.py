@@ -12,8 +12,9 @@ import torch
 from dp_accounting.dp_event import GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent
 from scipy.stats import kstest
 
-from nnunet_dp.accounting import PureDpEvent, z_delta
+from nnunet_dp.accounting import z_delta
 from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.events import PureDpEvent
 from nnunet_dp.ledger import Charge, Ledger, Receipt
 from nnunet_dp.mechanisms import (
     BoundedScores,

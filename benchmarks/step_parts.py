@@ -1,0 +1,126 @@
+"""Where the time of a private step goes on this machine, in one run, against the same patches without privacy.
+
+    python benchmarks/step_parts.py [--patients 16] [--repeats 3] [--json]
+
+Network and patch are those of nnU-Net's Hippocampus 3d_fullres plans as `nnunet-dp plan` shrinks them; images are
+random. Printed: seconds per patch of the plain step (forward, backward, sum of gradients) and of the private step
+(per-patient norms, clipping, noise, ledger with fsync, optimizer, average), their ratio, and the share of what is done
+once a step (ledger, noise, optimizer, average).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunet_dp.accounting import PrivacyBudget
+from nnunet_dp.clipping import make_rule
+from nnunet_dp.dpsgd import Execution, PrivacyPlan, PrivateTraining, Schedule
+from nnunet_dp.gradients import Record
+from nnunet_dp.ledger import Ledger
+from nnunet_dp.nnunet import fast_bfloat16
+
+PATCH = (40, 56, 40)
+
+
+def network():
+    arguments = {
+        "n_stages": 3,
+        "features_per_stage": [16, 32, 64],
+        "conv_op": "torch.nn.modules.conv.Conv3d",
+        "kernel_sizes": [[3] * 3] * 3,
+        "strides": [[1] * 3, [2] * 3, [2] * 3],
+        "n_conv_per_stage": [2] * 3,
+        "n_conv_per_stage_decoder": [2] * 2,
+        "conv_bias": True,
+        "norm_op": "torch.nn.modules.instancenorm.InstanceNorm3d",
+        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
+        "dropout_op": None,
+        "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU",
+        "nonlin_kwargs": {"inplace": True},
+    }
+    imports = ["conv_op", "norm_op", "dropout_op", "nonlin"]
+    name = "dynamic_network_architectures.architectures.unet.PlainConvUNet"
+    return get_network_from_plans(name, arguments, imports, 1, 3, deep_supervision=True)
+
+
+def loss():
+    dice = {"batch_dice": False, "smooth": 1e-5, "do_bg": False, "ddp": False}
+    return DeepSupervisionWrapper(DC_and_CE_loss(dice, {}, dice_class=MemoryEfficientSoftDiceLoss), [1.0, 0.0])
+
+
+def records(patients):
+    target = torch.randint(0, 3, (1, 1, *PATCH))
+    half = target[..., ::2, ::2, ::2]
+    return [Record(torch.randn(1, 1, *PATCH), [target, half]) for _ in range(patients)]
+
+
+def plain_step(net, criterion, batch, autocast):
+    """One gradient step of the same arithmetic without privacy, one patch at a time."""
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    optimizer.zero_grad(set_to_none=True)
+    for record in batch:
+        with autocast():
+            output = net(record.data)
+        (criterion([tensor.float() for tensor in output], record.target) / len(batch)).backward()
+    optimizer.step()
+
+
+def timed(function, repeats):
+    function()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def measure(patients: int, repeats: int) -> dict[str, float | str]:
+    device = torch.device("cpu")
+    net, criterion, batch = network(), loss(), records(patients)
+
+    def autocast():
+        return torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16(device))
+
+    with tempfile.TemporaryDirectory() as folder:
+        budget = PrivacyBudget(epsilon=8, delta=1e-4)
+        plan = PrivacyPlan(budget, 100, 1.0, 10.0, patients, make_rule("auto_s", {"bound": 1.0}))
+        ledger = Ledger(Path(folder) / "ledger.jsonl", "benchmark", "0" * 64, Path(folder) / "copy.jsonl")
+        training = PrivateTraining(net, criterion, plan, Schedule(0.01), Execution(device, autocast=autocast), ledger)
+        plain = timed(lambda: plain_step(net, criterion, batch, autocast), repeats)
+        private = timed(lambda: training.advance(lambda step, drawn: [batch[i] for i in drawn]), repeats)
+        empty = timed(lambda: training.advance(lambda step, drawn: []), repeats)
+    return {
+        "patients": patients,
+        "precision": "bfloat16" if fast_bfloat16(device) else "float32",
+        "plain_seconds_per_patch": plain / patients,
+        "private_seconds_per_patch": private / patients,
+        "ratio_time": private / plain,
+        "share_of_ledger_noise_and_optimizer": empty / private,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--patients", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found = measure(options.patients, options.repeats)
+    print(json.dumps(found) if options.json else "\n".join(f"{key:<38} {value}" for key, value in found.items()))
+
+
+if __name__ == "__main__":
+    main()
