@@ -7,6 +7,7 @@ large a Gaussian would a budget buy at once (``gaussian_mu``, for rules of thumb
 ``REPLACE_SPECIAL``.
 
 Example:
+    >>> from dp_accounting.dp_event import GaussianDpEvent, SelfComposedDpEvent
     >>> budget = PrivacyBudget(epsilon=8, delta=1e-4)
     >>> schedule = lambda noise_multiplier: SelfComposedDpEvent(GaussianDpEvent(noise_multiplier), 100)
     >>> noise_multiplier = calibrate(schedule, budget)
