@@ -244,6 +244,7 @@ def _private(
         architecture["arch_kwargs"]["strides"],
         lambda features: count_parameters(source, configuration, dataset_json, features),
         compute,
+        tuple(round(edge) for edge in source.get("original_median_shape_after_transp", ())),
     )
     kept = folder / PATIENTS
     section = PrivacySection(

@@ -17,13 +17,14 @@ from nnunet_dp.planning import PrivacySection
 def describe(section: PrivacySection, configuration: str, units: int | None) -> list[tuple[str, str]]:
     """The plan in words: for the trainers' banner and for the planner's table."""
     budget, plan = section.budget, section.configurations[configuration]
+    patches = plan.patches_per_patient
     batch = f"{plan.sampling_probability:g} x training {budget.unit} slots"
     if units is not None:
         batch = f"{plan.sampling_probability * units:g} = {plan.sampling_probability:g} x {units} slots"
     return [
         ("guarantee", f"epsilon {budget.epsilon:g} at delta {budget.delta:g} per {budget.unit}"),
         ("relation", f"{budget.relation}; {section.patients} units in the dataset; {section.accountant}"),
-        ("steps", f"{plan.steps}, {plan.patches_per_patient} patch a unit and step, schedule {plan.compute}"),
+        ("steps", f"{plan.steps} (schedule {plan.compute}); patches of a unit averaged in a step: {patches}"),
         ("expected batch", batch),
         ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
         ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
