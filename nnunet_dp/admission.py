@@ -13,8 +13,7 @@ from nnunet_dp.errors import Refusal
 _SAFE_TORCH = frozenset(
     "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Identity Sequential ModuleList "
     "InstanceNorm1d InstanceNorm2d InstanceNorm3d GroupNorm LayerNorm LeakyReLU ReLU GELU SiLU ELU PReLU Sigmoid "
-    "Softmax AvgPool2d AvgPool3d MaxPool2d MaxPool3d AdaptiveAvgPool2d AdaptiveAvgPool3d Upsample "
-    "Dropout Dropout2d Dropout3d".split()
+    "Softmax AvgPool2d AvgPool3d MaxPool2d MaxPool3d AdaptiveAvgPool2d AdaptiveAvgPool3d Upsample".split()
 )
 _SAFE_BLOCKS = frozenset(
     "PlainConvUNet ResidualEncoderUNet PlainConvEncoder ResidualEncoder UNetDecoder ConvDropoutNormReLU "
@@ -32,6 +31,8 @@ def refuse_coupling(network: nn.Module) -> None:
         kind, home = type(module).__name__, type(module).__module__
         if "BatchNorm" in kind or getattr(module, "track_running_stats", False):
             raise Refusal(f"{kind} at '{name}' couples patients or keeps un-noised statistics: use InstanceNorm")
+        if "Dropout" in kind:
+            raise Refusal(f"{kind} at '{name}' draws from one stream for all patients: set dropout_op to null")
         known = (home.startswith("torch.nn.") and kind in _SAFE_TORCH) or (
             home.startswith("dynamic_network_architectures.") and kind in _SAFE_BLOCKS
         )

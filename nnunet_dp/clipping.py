@@ -25,9 +25,9 @@ Edge cases, the same for every rule: a norm that is NaN, infinite or at least ``
 contribution zero; a norm of zero contributes zero.
 
 Design note: in float32 a factor C / n applied to 340 000 numbers can return a norm of 1.000002 C. The norm is therefore
-taken in float64 and each factor shrunk by ``SAFETY`` = 1 - 2^-16, which costs nothing one could measure and makes the
-bound hold without tolerance. Above ``LARGEST_NORM`` the factor would be subnormal in float32 and too coarse to promise
-anything.
+taken in float64, each factor shrunk by ``SAFETY`` = 1 - 2^-16, which costs nothing one could measure, and the product
+summed in float64 (``gradients``): the bound holds without tolerance. A rule's formula is not trusted with the promise:
+``factors`` shrinks whatever would be too long, so that no constant in an edited plan can break it.
 """
 
 from __future__ import annotations
@@ -76,7 +76,12 @@ class ClipRule(ABC):
         """
         if not self.usable(norms):
             return torch.zeros_like(norms)
-        return self._factors(norms) * SAFETY
+        factors = self._factors(norms) * SAFETY
+        length = float((factors * norms).square().sum().sqrt())
+        if not math.isfinite(length):
+            return torch.zeros_like(norms)
+        longest = self.bound * SAFETY  # the promise is kept here, whatever formula and constants a rule has
+        return factors * (longest / length) if length > longest else factors
 
     @staticmethod
     def usable(norms: Tensor) -> bool:
@@ -110,6 +115,11 @@ class AutoS(ClipRule):
 
     regulariser: float = 0.01
 
+    def __post_init__(self) -> None:
+        """Refuse a regulariser that is not positive."""
+        super().__post_init__()
+        _require_positive(self.regulariser)
+
     def _factors(self, norms: Tensor) -> Tensor:
         return self.bound / (norms + self.regulariser)
 
@@ -123,8 +133,9 @@ class Nsgd(ClipRule):
 
     def __post_init__(self) -> None:
         """Refuse any bound but 1 and a regulariser that is not positive."""
-        if self.bound != 1.0 or not self.regulariser > 0:
-            raise ValueError(f"NSGD has bound 1 and a positive r, found bound {self.bound}, r {self.regulariser}")
+        if self.bound != 1.0:
+            raise ValueError(f"NSGD has bound 1 whatever r is, found bound {self.bound}")
+        _require_positive(self.regulariser)
 
     def _factors(self, norms: Tensor) -> Tensor:
         return 1.0 / (norms + self.regulariser)
@@ -135,6 +146,11 @@ class Psac(ClipRule):
     """C / (n + r / (n + r)): per-sample adaptive clipping; the contribution rises monotonically to C."""
 
     regulariser: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Refuse a regulariser that is not positive."""
+        super().__post_init__()
+        _require_positive(self.regulariser)
 
     def _factors(self, norms: Tensor) -> Tensor:
         r = self.regulariser
@@ -177,6 +193,11 @@ class PerLayer(ClipRule):
 
     def _factors(self, norms: Tensor) -> Tensor:
         return (self.bound / math.sqrt(len(norms)) / norms).clamp(max=1.0)
+
+
+def _require_positive(regulariser: float) -> None:
+    if not (math.isfinite(regulariser) and regulariser > 0):
+        raise ValueError(f"a regulariser must be a positive finite number, found {regulariser}")
 
 
 _RULES: dict[str, type[ClipRule]] = {

@@ -137,6 +137,8 @@ class LedgerEntry(Charge):
         run: the run's identifier; public.
         plan: hash of the privacy plan, hex.
         checkpoint: identifier of the newest checkpoint on disk when it was charged, or None.
+        unit: what the charge is counted per (``patient``, ``case``).
+        units: digest of the table that says which case belongs to which unit.
         sequence: 1, 2, 3, ...
         previous: ``hash`` of the line before, 64 zeros for the first.
         version: of this format.
@@ -146,6 +148,8 @@ class LedgerEntry(Charge):
     run: _Word
     plan: _Hex
     checkpoint: str | None = None
+    unit: _Word
+    units: _Hash
     sequence: int = Field(ge=1)
     previous: _Hash
     version: Literal[1] = VERSION
@@ -205,9 +209,12 @@ class Ledger:
         run: identifier of this run.
         plan: hash of this run's privacy plan, hex.
         copy: the run's own file, which receives its lines again.
+        unit: what charges are counted per.
+        units: digest of the table of units; charges per one table cannot be added to charges per another.
 
     Raises:
-        LedgerError: when the file, or the copy against the file, does not verify.
+        LedgerError: when the file, or the copy against the file, does not verify, or the dataset was charged per other
+            units before.
 
     Formal guarantee:
         When ``charge`` returns, its line is on disk in the dataset's file (and in the copy). Whatever is
@@ -215,8 +222,17 @@ class Ledger:
         write at once.
     """
 
-    def __init__(self, path: Path, run: str, plan: str, copy: Path | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        run: str,
+        plan: str,
+        copy: Path | None = None,
+        unit: str = "patient",
+        units: str = FIRST_PREVIOUS,
+    ) -> None:
         self.path, self.run, self.plan, self.copy = Path(path), run, plan, copy and Path(copy)
+        self.unit, self.units = unit, units
         self._entries: list[LedgerEntry] = []
         self._size = 0  # bytes of the file that were verified
         with _locked_for_reading(self.path) as descriptor:
@@ -312,6 +328,8 @@ class Ledger:
             "run": self.run,
             "plan": self.plan,
             "checkpoint": checkpoint,
+            "unit": self.unit,
+            "units": self.units,
             "sequence": sequence + 1,
             "previous": previous,
             "version": VERSION,
@@ -332,8 +350,23 @@ class Ledger:
                 "one process should continue a run, found charges of another for it (two continuations): "
                 "stop one of them, then continue from the newest checkpoint"
             )
+        refuse_other_units(fresh, self.unit, self.units)
         self._entries += fresh
         self._size += len(complete)
+
+
+def refuse_other_units(entries: Iterable[LedgerEntry], unit: str, units: str) -> None:
+    """Refuse to go on where a dataset was charged per other units than now.
+
+    Raises:
+        LedgerError: naming both units.
+    """
+    for entry in entries:
+        if (entry.unit, entry.units) != (unit, units):
+            raise LedgerError(
+                f"this dataset was charged per '{entry.unit}' of another table of units than today's '{unit}': charges "
+                "per different units cannot be added; put the patients file back, or start a new dataset id"
+            )
 
 
 # ---- reading -------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import random
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -138,6 +139,7 @@ def _initialise(source: Source, parent: int) -> None:
     _source = source
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", message="Warning! No annotated pixels")  # says something about one patient
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

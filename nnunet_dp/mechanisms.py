@@ -307,8 +307,24 @@ class ExponentialSelection:
 
 
 def fresh_generator(device: torch.device | str) -> torch.Generator:
-    """A generator keyed with 64 bits of the operating system's entropy; make one per step, never store it."""
-    return torch.Generator(device=device).manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+    """A generator keyed by the operating system's entropy; make one per step, never store it.
+
+    On the CPU all 624 words of the Mersenne twister are filled. ``manual_seed`` would keep 32 bits of its seed there,
+    and whoever knows one release could try all keys in minutes and take the noise off every step. On CUDA the seed of
+    the counter-based generator has 64 bits.
+    """
+    generator = torch.Generator(device=device)
+    if generator.device.type != "cpu":
+        return generator.manual_seed(int.from_bytes(os.urandom(8), "little", signed=True))
+    state = generator.manual_seed(0).get_state()
+    words = torch.frombuffer(bytearray(os.urandom(4 * _TWISTER_WORDS)), dtype=torch.int32).to(torch.int64) & 0xFFFFFFFF
+    state[_TWISTER_OFFSET : _TWISTER_OFFSET + 8 * _TWISTER_WORDS] = words.view(torch.uint8)
+    generator.set_state(state)
+    return generator
+
+
+_TWISTER_WORDS = 624
+_TWISTER_OFFSET = 24  # bytes of torch's CPU state before the words, each stored in 8 bytes; pinned by a test
 
 
 # ---- shared by the mechanisms --------------------------------------------------------------------

@@ -26,6 +26,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta, epsilon
 from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.ledger import read_ledger, refuse_other_units
 from nnunet_dp.patients import Patients, cases_as_units, digest, read_patients, write_canonical
 from nnunet_dp.planning import NOT_COVERED, Compute, ConfigurationPlan, PrivacySection, plan_configuration
 from nnunet_dp.plans import plans_name, read_section, shrunk_architecture, with_section, write_json
@@ -89,12 +90,21 @@ def find_patients(folder: Path, file: Path | None = None, column: str | None = N
     raw = Path(str(nnUNet_raw)) / folder.name / PATIENTS if nnUNet_raw.is_set() else None
     source = file or (raw if raw is not None and raw.is_file() else None)
     if source is None:
-        return read_patients(kept, None, cases) if kept.is_file() else cases_as_units(cases)
+        found = read_patients(kept, None, cases) if kept.is_file() else cases_as_units(cases)
+        _refuse_other_units(found, folder)
+        return found
     if file is None and column is None and kept.is_file():
         column = read_patients(kept, None, cases).column  # the column chosen when the copy was made
     patients = read_patients(source, column, cases, _held_out(folder))
+    _refuse_other_units(patients, folder)
     _keep_patients(patients, kept, replace)
     return patients
+
+
+def _refuse_other_units(patients: Patients, folder: Path) -> None:
+    ledger = folder / LEDGER
+    if ledger.is_file():
+        refuse_other_units(read_ledger(ledger), patients.unit, patients.table_sha256)
 
 
 def _held_out(folder: Path) -> set[str]:
@@ -109,11 +119,6 @@ def _keep_patients(patients: Patients, kept: Path, replace: bool) -> None:
     fresh = kept.with_name(PATIENTS + ".new")
     try:
         changed = write_canonical(patients, fresh) != (digest(kept) if kept.is_file() else None)
-        if changed and kept.with_name(LEDGER).is_file():
-            raise Refusal(
-                "the patients file differs from the one that earlier trainings were charged with: charges per unit "
-                "cannot be added over different units; restore the file or start a new dataset id"
-            )
         if changed and kept.is_file() and not replace:
             raise UsageRefusal(f"{PATIENTS} in {kept.parent.name} groups cases differently: give --overwrite")
         if changed:
@@ -202,7 +207,10 @@ def plan_dataset(
     folder = preprocessed_folder(dataset)
     source = _read_plans(folder, plans)
     patients = find_patients(folder, patients_file, patient_column, overwrite)
-    budget = PrivacyBudget(epsilon=epsilon, delta=delta or default_delta(patients.number), unit=patients.unit)
+    delta = default_delta(patients.number) if delta is None else delta
+    if delta * patients.number >= 1:
+        raise UsageRefusal(f"delta should be below 1 / {patients.number} {patients.unit}s, found {delta:g}: try 1e-5")
+    budget = PrivacyBudget(epsilon=epsilon, delta=delta, unit=patients.unit)
     dataset_json = json.loads((folder / "dataset.json").read_text())
     private, section = _private(source, configuration, dataset_json, folder, patients, budget, compute, public_weights)
     name = output or plans_name(plans, epsilon)
@@ -418,17 +426,15 @@ def file_sha256(file: Path | str) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
-def refuse_missing(dataset_class: Any, folder: Path, slots: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuse a fold whose cases were not all preprocessed for this configuration.
+def refuse_missing(dataset_class: Any, folder: Path, cases: Iterable[str]) -> None:
+    """Refuse a fold whose training and validation cases were not all preprocessed for this configuration.
 
     Raises:
         Refusal: saying how many are missing; their names are private.
     """
-    missing = {case for cases in slots.values() for case in cases} - set(dataset_class.get_identifiers(str(folder)))
+    missing = set(cases) - set(dataset_class.get_identifiers(str(folder)))
     if missing:
-        raise Refusal(
-            f"{len(missing)} training cases of this fold are not in {folder.name}: run nnUNetv2_preprocess for it"
-        )
+        raise Refusal(f"{len(missing)} cases of this fold are not in {folder.name}: run nnUNetv2_preprocess for it")
 
 
 def data_digest(folder: Path, slots: Mapping[str, tuple[str, ...]], plan: ConfigurationPlan) -> str:
@@ -453,20 +459,40 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
 
 
+_PUBLIC_IN_DATASET_JSON = (
+    "name", "channel_names", "modality", "labels", "regions_class_order", "file_ending", "numTraining",
+    "overwrite_image_reader_writer",
+)  # fmt: skip
+
+
+def public_dataset_json(dataset_json: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of dataset.json that prediction needs; lists of training files, for one, name cases."""
+    return {key: dataset_json[key] for key in _PUBLIC_IN_DATASET_JSON if key in dataset_json}
+
+
 def results_folder(dataset: str) -> Path:
     """nnU-Net's results folder of a dataset."""
     return Path(str(nnUNet_results)) / dataset
 
 
 def final_checkpoint(
-    weights: dict[str, torch.Tensor], trainer: str, configuration: str, fold: int | str, mirroring: Any
+    weights: dict[str, torch.Tensor],
+    trainer: str,
+    configuration: str,
+    fold: int | str,
+    mirroring: Any,
+    run: str,
+    charges: int,
 ) -> dict[str, Any]:
-    """What a finished checkpoint may hold: averaged weights and what nnU-Net needs to load them; neutral elsewhere."""
+    """What a finished checkpoint may hold: averaged weights and what nnU-Net needs to load them; neutral elsewhere.
+
+    The run's name and the number of its charges let ``nnunet-dp status`` notice a ledger that lost lines.
+    """
     return {
         "network_weights": {name: tensor.cpu() for name, tensor in weights.items()},
         "trainer_name": trainer,
         "inference_allowed_mirroring_axes": mirroring,
-        "init_args": {"configuration": configuration, "fold": fold},
+        "init_args": {"configuration": configuration, "fold": fold, "run": run, "charges": charges},
         "optimizer_state": {},
         "grad_scaler_state": None,
         "logging": {},

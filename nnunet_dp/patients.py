@@ -30,6 +30,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import json
 import os
 import secrets
 import unicodedata
@@ -72,6 +73,12 @@ class Patients:
     def number(self) -> int:
         """Number of distinct units, N."""
         return len(set(self.case_to_patient.values()))
+
+    @property
+    def table_sha256(self) -> str:
+        """Digest of the unit's name and of the whole table, hex."""
+        content = json.dumps([self.unit, sorted(self.case_to_patient.items())])
+        return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
     @property
     def inferred(self) -> bool:

@@ -25,7 +25,7 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget, calibrate, gaussian_mu
 from nnunet_dp.clipping import RULE_NAMES, ClipRule, make_rule
@@ -106,11 +106,19 @@ class PrivacySection(_Frozen):
     not_covered: tuple[str, ...]
     configurations: dict[str, ConfigurationPlan]
 
+    @model_validator(mode="after")
+    def _refuse_meaningless_delta(self) -> PrivacySection:
+        if self.budget.delta * self.patients >= 1:
+            raise ValueError("delta should be below 1 / number of units")
+        return self
+
 
 NOT_COVERED = (
     "plans_from_raw_fingerprint",  # epsilon of training *given the plans*
     "validation_results_logs_and_everything_else_in_the_model_folder",
     "floating_point_gaussian_from_a_non_cryptographic_generator",  # Mironov 2012
+    "choosing_between_models_by_their_validation_results",  # nnUNetv2_find_best_configuration, for one
+    "copies_of_the_dataset_under_another_id_and_their_ledgers",
 )
 
 

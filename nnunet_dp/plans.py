@@ -88,7 +88,15 @@ def for_one_configuration(plans: dict[str, Any], configuration: str) -> dict[str
     one["configurations"] = {configuration: one["configurations"][configuration]}
     if SECTION in one:
         one[SECTION]["configurations"] = {configuration: one[SECTION]["configurations"].get(configuration)}
-    return json.loads(json.dumps(one))
+    return json.loads(json.dumps(without_patients_digest(one)))
+
+
+def without_patients_digest(plans: dict[str, Any]) -> dict[str, Any]:
+    """The plans as they may lie beside a model: the unsalted digest would confirm a guessed list of patients."""
+    shared = copy.deepcopy(plans)
+    if SECTION in shared:
+        shared[SECTION]["patients_file_sha256"] = None
+    return shared
 
 
 def configuration_plan(section: PrivacySection, configuration: str) -> ConfigurationPlan:

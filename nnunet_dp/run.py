@@ -21,12 +21,14 @@ from typing import Any
 import torch
 
 from nnunet_dp.errors import Refusal
-from nnunet_dp.ledger import Ledger, LedgerEntry, read_ledger
+from nnunet_dp.ledger import FIRST_PREVIOUS, Ledger, LedgerEntry, read_ledger
 
 LEDGER = "privacy_ledger.jsonl"
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
 _LOCK = "training.lock"
+_MODELS = "nnUNetTrainerDP*"
+_BACK = "put the dataset's ledger back from a backup before training on"
 
 
 class RunFolder:
@@ -62,13 +64,23 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
+            self._lock.close()
             raise Refusal(f"another training is writing to {self.name}: wait for it, or choose another fold") from None
 
-    def start(self, plan: str, continuing: bool, keep: Path | None = None) -> Ledger:
+    def start(
+        self,
+        plan: str,
+        continuing: bool,
+        keep: Path | None = None,
+        unit: str = "patient",
+        units: str = FIRST_PREVIOUS,
+    ) -> Ledger:
         """Open the ledger for a new run; an older run in the folder is archived.
 
         Args:
             plan: digest of the privacy plan.
+            unit: what charges are counted per.
+            units: digest of the table of units.
             continuing: whether the user asked to continue (``--c``), though no checkpoint was found.
             keep: a file of this process in the folder that stays (its log).
 
@@ -81,11 +93,18 @@ class RunFolder:
                 f"--c was given and the ledger holds charges of {self.name}, but its {LATEST} is missing: put the "
                 "checkpoint back, or start a new run without --c (the old charges stay)"
             )
+        run = f"{self.name}/{secrets.token_hex(8)}"
+        ledger = Ledger(self.dataset_ledger, run, plan, self.folder / LEDGER, unit, units)
         self._archive(keep)
-        return Ledger(self.dataset_ledger, f"{self.name}/{secrets.token_hex(8)}", plan, copy=self.folder / LEDGER)
+        return ledger
 
-    def resume(self, state: dict[str, Any]) -> Ledger:
+    def resume(self, state: dict[str, Any], unit: str = "patient", units: str = FIRST_PREVIOUS) -> Ledger:
         """Open the ledger of the run that wrote a checkpoint.
+
+        Args:
+            state: the checkpoint's.
+            unit: what charges are counted per.
+            units: digest of the table of units.
 
         Raises:
             Refusal: when the dataset's ledger is missing or lacks lines.
@@ -93,19 +112,29 @@ class RunFolder:
         self.verify_ledger()
         if not self.dataset_ledger.is_file():
             raise Refusal(f"{LEDGER} is missing in the preprocessed folder although a checkpoint exists: put it back")
-        return Ledger(self.dataset_ledger, state["run"], state["plan"], copy=self.folder / LEDGER)
+        return Ledger(self.dataset_ledger, state["run"], state["plan"], self.folder / LEDGER, unit, units)
 
     def verify_ledger(self) -> None:
-        """Refuse a dataset ledger that lacks charges which any model of the dataset still holds a copy of."""
-        known = {entry.line for entry in self._charges()}
-        for copy in sorted(self.results.rglob(LEDGER)):  # archived runs included
-            lines = [line for line in copy.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-            lost = sum(line not in known for line in lines)
+        """Refuse a dataset ledger that lacks charges which a model or a checkpoint of the dataset still proves.
+
+        Raises:
+            Refusal: saying what proves the loss.
+        """
+        copies = {copy: copy.read_bytes() for copy in sorted(self.results.rglob(LEDGER))}  # before the ledger grows on
+        states = [read_checkpoint(file).get("private") for file in sorted(self.results.rglob(f"{_MODELS}/**/{LATEST}"))]
+        models = any(self.results.rglob(f"{_MODELS}/**/{FINAL}"))
+        charges = self._charges()
+        if models and not charges:
+            raise Refusal(f"private models of this dataset exist, but no {LEDGER} in its preprocessed folder: {_BACK}")
+        known = {entry.line for entry in charges}
+        for copy, content in copies.items():
+            lost = sum(line not in known for line in content.splitlines(keepends=True) if line.endswith(b"\n"))
             if lost:
-                raise Refusal(
-                    f"{lost} charges in {copy.parent.parent.name}/{copy.parent.name}/{LEDGER} are missing from the "
-                    f"dataset's {LEDGER}: put the dataset's ledger back from a backup before training on"
-                )
+                name = copy.parent.relative_to(self.results)
+                raise Refusal(f"{lost} charges in {name}/{LEDGER} are missing from the dataset's {LEDGER}: {_BACK}")
+        heads = {(0, FIRST_PREVIOUS), *((entry.sequence, entry.hash) for entry in charges)}
+        if any(state and (state["ledger_sequence"], state["ledger_head"]) not in heads for state in states):
+            raise Refusal(f"the dataset's {LEDGER} is shorter than a checkpoint of this dataset says: {_BACK}")
 
     def _charges(self) -> tuple[LedgerEntry, ...]:
         return read_ledger(self.dataset_ledger) if self.dataset_ledger.is_file() else ()

@@ -15,10 +15,9 @@ from typing import Any
 from nnunet_dp.accounting import which_accountant
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import LedgerEntry, epsilon_of, events_of, read_copy, read_ledger, steps_done, steps_wasted
-from nnunet_dp.planning import PrivacySection
+from nnunet_dp.planning import NOT_COVERED, PrivacySection
 from nnunet_dp.plans import configuration_plan, read_section
-
-LEDGER = "privacy_ledger.jsonl"
+from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint
 
 
 @dataclass(frozen=True)
@@ -96,26 +95,39 @@ def read_status(folder: Path) -> Status:
     if section is None:
         raise UsageRefusal(f"{folder.parent.name} was not trained with privacy: its plans have no private section")
     configuration = folder.parent.name.rsplit("__", 1)[-1]
-    copied = read_copy(copy) if copy.is_file() else ()  # before the dataset's, which always holds at least as much
-    dataset = _dataset_entries(content["dataset_name"])
-    mine = _run_entries(copied, dataset)
-    return _status(section, configuration, mine, dataset, (folder / "checkpoint_final.pth").is_file())
+    copies = {file: read_copy(file) for file in folder.parent.parent.rglob(LEDGER)}  # before the dataset's, which
+    dataset = _dataset_entries(content["dataset_name"])  # always holds at least as much
+    if dataset is not None and {entry.hash for lines in copies.values() for entry in lines} - {e.hash for e in dataset}:
+        raise Refusal(f"charges in a model folder are missing from the dataset's {LEDGER}: put it back from a backup")
+    mine = _run_entries(folder, copies.get(copy, ()), dataset)
+    finished = _refuse_lost_charges(folder, mine)
+    return _status(section, configuration, mine, dataset, finished)
 
 
 def _run_entries(
-    copied: tuple[LedgerEntry, ...], dataset: tuple[LedgerEntry, ...] | None
+    folder: Path, copied: tuple[LedgerEntry, ...], dataset: tuple[LedgerEntry, ...] | None
 ) -> tuple[LedgerEntry, ...]:
-    """The newest run's lines: from the dataset's ledger where possible, which may hold one line more than the copy."""
-    if not copied:
-        return ()
-    run = copied[-1].run
-    mine = tuple(entry for entry in copied if entry.run == run)
-    if dataset is None:
-        return mine
-    known = {entry.hash for entry in dataset}
-    if any(entry.hash not in known for entry in mine):
-        raise Refusal(f"lines of the run are missing from the dataset's {LEDGER}: put it back from a backup")
-    return tuple(entry for entry in dataset if entry.run == run)
+    """The newest run's lines: from the dataset's ledger where it is at hand, else from the copy beside the model."""
+    known = copied if dataset is None else dataset
+    name = f"{folder.parent.name}/{folder.name}/"
+    runs = [entry.run for entry in copied] or [entry.run for entry in known if entry.run.startswith(name)]
+    return tuple(entry for entry in known if entry.run == runs[-1]) if runs else ()
+
+
+def _refuse_lost_charges(folder: Path, mine: tuple[LedgerEntry, ...]) -> bool:
+    """Whether the run is finished; a checkpoint that knows of more charges than there are lines is refused."""
+    final, latest = folder / FINAL, folder / LATEST
+    known = 0
+    if final.is_file():
+        known = read_checkpoint(final)["init_args"].get("charges", 1)
+    elif latest.is_file():
+        known = int(read_checkpoint(latest)["private"]["step"])
+    if len(mine) < known:
+        raise Refusal(
+            f"the checkpoint in {folder.name} proves at least {known} charges, found {len(mine)} ledger lines: put "
+            f"{LEDGER} back from a backup"
+        )
+    return final.is_file()
 
 
 def _dataset_entries(dataset: str) -> tuple[LedgerEntry, ...] | None:
@@ -138,11 +150,11 @@ def _status(
         epsilon_target=budget.epsilon,
         epsilon_dataset_total=None if dataset is None else epsilon_of(dataset, budget.delta),
         delta=budget.delta,
-        unit=budget.unit,
+        unit=mine[-1].unit if mine else budget.unit,
         relation=budget.relation,
         accountant=which_accountant(events_of(mine), budget.delta),
         covers=section.covers,
-        not_covered=section.not_covered,
+        not_covered=tuple(sorted({*NOT_COVERED, *section.not_covered})),
         steps_done=steps_done(mine),
         steps_planned=plan.steps,
         steps_wasted=steps_wasted(mine),

@@ -74,7 +74,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
     @_refuse_cleanly
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         options = nnunet.calling_options()
-        self._refuse_options(options)
+        self._refuse_options(options, device)
         if private_plans.read_section(plans) is None:
             continue_training = plans.get("continue_training", False)
             ordinary = {key: value for key, value in plans.items() if key != "continue_training"}
@@ -103,9 +103,11 @@ class nnUNetTrainerDP(nnUNetTrainer):
 
     # ---- refusals, all before the first charge -----------------------------------------------------------------
 
-    def _refuse_options(self, options):
+    def _refuse_options(self, options, device):
         if os.getenv("nnUNet_wandb_enabled", "0") not in ("0", "False", "false"):
             raise Refusal("nnUNet_wandb_enabled uploads plans and Dice of private data: unset it")
+        if device.type not in ("cpu", "cuda"):
+            raise Refusal(f"-device {device.type} has no float64, in which gradients are summed: use cuda or cpu")
         if options.num_gpus > 1 or (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise Refusal("-num_gpus > 1 is not supported yet: train on one device")
         if options.val_with_best:
@@ -126,10 +128,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         """Refuse what happened behind the trainer's back between construction and training."""
         if self.disable_checkpointing:
             raise Refusal("disable_checkpointing would lose charged steps in a crash")
-        for kind in type(self).__mro__[: type(self).__mro__.index(nnUNetTrainerDP)]:
-            changed = [name for name in vars(kind) if not name.startswith("__") and name != "clip_rule"]
-            if changed:
-                raise Refusal(f"{kind.__name__} overrides {', '.join(changed)}: no custom loss or step was examined")
+        self._refuse_overrides()
         refuse_coupling(self._module())
         if self._initial_digest != _weights_digest(self._module()) and not self._weights_declared():
             raise Refusal("the network's weights were changed before training: declare public weights in the plan")
@@ -142,6 +141,18 @@ class nnUNetTrainerDP(nnUNetTrainer):
                     f"{saved.parent.name} holds folds of a different plan: give the new plan a name of its own "
                     "(`nnunet-dp plan ... -o NAME`), or move that folder away"
                 )
+
+    def _refuse_overrides(self):
+        """A subclass may name a clip rule and nothing else: no custom loss or step was examined."""
+        order = type(self).__mro__
+        own = order.index(nnUNetTrainerDP)
+        if order[own + 1] is not nnUNetTrainer:
+            raise Refusal(f"{type(self).__name__} mixes in {order[own + 1].__name__}: it was never examined")
+        allowed = {"clip_rule", "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"}
+        changed = {name for kind in order[:own] for name in vars(kind)} - allowed
+        changed |= {name for name, value in vars(self).items() if callable(value) and hasattr(type(self), name)}
+        if changed:
+            raise Refusal(f"{type(self).__name__} overrides {', '.join(sorted(changed))}: it was never examined")
 
     def _weights_declared(self):
         return nnunet.calling_options().pretrained_weights is not None  # its hash was compared in __init__
@@ -231,8 +242,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
             nnunet.results_folder(self.plans_manager.dataset_name),
         )
         run.lock()
-        slots, _ = self._slots()
-        nnunet.refuse_missing(self.dataset_class, Path(self.preprocessed_dataset_folder), slots)
+        slots, validation = self._slots()
+        cases = {case for cases in slots.values() for case in cases} | set(validation)
+        nnunet.refuse_missing(self.dataset_class, Path(self.preprocessed_dataset_folder), cases)
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
         self._start(run, slots)
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -244,8 +256,12 @@ class nnUNetTrainerDP(nnUNetTrainer):
     def _start(self, run, slots):
         plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
         plan.verify()
-        log = Path(self.log_file)
-        ledger = run.resume(self._resume) if self._resume else run.start(plan.digest(), self.continuing, keep=log)
+        patients = self._patients()
+        unit, units = patients.unit, patients.table_sha256
+        if self._resume:
+            ledger = run.resume(self._resume, unit, units)
+        else:
+            ledger = run.start(plan.digest(), self.continuing, Path(self.log_file), unit, units)
         schedule = self.private_plan.schedule(self.clip_rule)
         execution = Execution(self.device, autocast=self._autocast)
         self.private = PrivateTraining(self.network, self.loss, plan, schedule, execution, ledger)
@@ -261,8 +277,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
 
     def _write_model_files(self):
         folder = Path(self.output_folder_base)
-        save_json(self.plans_manager.plans, str(folder / "plans.json"), sort_keys=False)
-        save_json(self.dataset_json, str(folder / "dataset.json"), sort_keys=False)
+        plans = private_plans.without_patients_digest(self.plans_manager.plans)
+        save_json(plans, str(folder / "plans.json"), sort_keys=False)
+        save_json(nnunet.public_dataset_json(self.dataset_json), str(folder / "dataset.json"), sort_keys=False)
         save_json({}, str(folder / "dataset_fingerprint.json"))  # a stub: nnU-Net's tools look for the file
 
     def _banner(self, units):
@@ -364,8 +381,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
         """Only the finished weights; the running state is ``checkpoint_latest.pth``."""
         weights = self._module().state_dict()
         content = nnunet.final_checkpoint(
-            weights, type(self).__name__, self.configuration_name, self.fold, self.inference_allowed_mirroring_axes
-        )
+            weights, type(self).__name__, self.configuration_name, self.fold, self.inference_allowed_mirroring_axes,
+            self.private.ledger.run, self.private.charged,
+        )  # fmt: skip
         write_checkpoint(content, Path(filename))
 
     def _save_latest(self):
@@ -396,7 +414,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
     def print_to_log_file(self, *args, also_print_to_console=True, add_timestamp=True):
         """As nnU-Net's, without the case names that its validation prints."""
         text = str(args[0]) if args else ""
-        if text.startswith("predicting ") or ", shape torch.Size" in text:
+        if text.lower().startswith("predicting ") or ", shape torch.Size" in text:
             return
         super().print_to_log_file(*args, also_print_to_console=also_print_to_console, add_timestamp=add_timestamp)
 
