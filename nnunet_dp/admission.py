@@ -31,7 +31,7 @@ def refuse_coupling(network: nn.Module) -> None:
         kind, home = type(module).__name__, type(module).__module__
         if "BatchNorm" in kind or getattr(module, "track_running_stats", False):
             raise Refusal(f"{kind} at '{name}' couples patients or keeps un-noised statistics: use InstanceNorm")
-        if "Dropout" in kind:
+        if kind.startswith("Dropout"):
             raise Refusal(f"{kind} at '{name}' draws from one stream for all patients: set dropout_op to null")
         known = (home.startswith("torch.nn.") and kind in _SAFE_TORCH) or (
             home.startswith("dynamic_network_architectures.") and kind in _SAFE_BLOCKS
