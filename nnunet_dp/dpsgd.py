@@ -18,6 +18,7 @@ Design note: the noised mean is divided by the rule's bound, so that a learning 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import secrets
 from collections.abc import Callable, Iterable
@@ -248,7 +249,7 @@ class PrivateTraining:
             "bound": self.rule.bound,
             "weights": [parameter.detach().cpu().clone() for parameter in trainable(self.network)[1]],
             "average": [mean.cpu().clone() for mean in self.average],
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": copy.deepcopy(self.optimizer.state_dict()),
         }
 
     def saved(self, state: dict[str, Any]) -> None:
@@ -268,7 +269,7 @@ class PrivateTraining:
                 parameter.copy_(saved)
             for mean, saved in zip(self.average, state["average"], strict=True):
                 mean.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.rule = replace(self.rule, bound=state["bound"])
         self.step = state["step"]
         self.checkpoint = state["id"]

@@ -51,6 +51,7 @@ class PatientLoader:
         self._source, self._key, self._device = source, fresh_key(), device
         self._pool = _start_pool(source, workers) if workers > 0 else None
         self._window = 2 * workers + 1
+        self._closed = False
 
     def __repr__(self) -> str:
         """Public facts only: nnU-Net prints every attribute of a trainer to disk."""
@@ -62,6 +63,8 @@ class PatientLoader:
         Raises:
             RuntimeError: when a case cannot be read; the message names no case.
         """
+        if self._closed:
+            raise RuntimeError("the loader is closed")
         if self._pool is None:
             for slot in drawn:
                 yield self._deliver(_load_apart(self._source, self._cases[slot], patch_seed(self._key, step, slot)))
@@ -76,6 +79,7 @@ class PatientLoader:
 
     def close(self) -> None:
         """End the worker processes."""
+        self._closed = True
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -29,7 +30,14 @@ from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
 from nnunet_dp.patients import Patients, cases_as_units, digest, read_patients, write_canonical
 from nnunet_dp.planning import NOT_COVERED, Compute, ConfigurationPlan, PrivacySection, plan_configuration
-from nnunet_dp.plans import plans_name, read_section, shrunk_architecture, with_section, write_json
+from nnunet_dp.plans import (
+    for_one_configuration,
+    plans_name,
+    read_section,
+    shrunk_architecture,
+    with_section,
+    write_json,
+)
 from nnunet_dp.report import describe
 from nnunet_dp.splits import Splits, check_splits, make_splits
 
@@ -204,8 +212,13 @@ def plan_dataset(
         UsageRefusal: for unknown datasets, plans or configurations, and for a differing plan of that name without
             ``overwrite``.
     """
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise UsageRefusal(f"epsilon should be a positive finite number, found {epsilon:g}: try --epsilon 8")
+    if delta is not None and not 0 < delta < 1:
+        raise UsageRefusal(f"delta should lie between 0 and 1, found {delta:g}: try 1e-5")
     folder = preprocessed_folder(dataset)
     source = _read_plans(folder, plans)
+    _refuse_configuration(source, configuration)
     patients = find_patients(folder, patients_file, patient_column, overwrite)
     delta = default_delta(patients.number) if delta is None else delta
     if delta * patients.number >= 1:
@@ -223,9 +236,18 @@ def plan_dataset(
 def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
     """Ordinary plans turned private in memory, to the default budget and under their own name."""
     folder = preprocessed_folder(plans["dataset_name"])
+    _refuse_configuration(plans, configuration)
     patients = find_patients(folder)
     budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
     return _private(plans, configuration, dataset_json, folder, patients, budget, "full", None)[0]
+
+
+def _refuse_configuration(plans: dict[str, Any], configuration: str) -> None:
+    if configuration not in plans["configurations"]:
+        known = ", ".join(plans["configurations"])
+        raise UsageRefusal(f"plans {plans['plans_name']} have no configuration {configuration}; they have: {known}")
+    if PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
+        raise Refusal("the cascade's second stage is not supported: it sees predictions of an earlier private model")
 
 
 def _private(
@@ -238,12 +260,7 @@ def _private(
     compute: Compute,
     public_weights: Path | None,
 ) -> tuple[dict[str, Any], PrivacySection]:
-    if configuration not in source["configurations"]:
-        known = ", ".join(source["configurations"])
-        raise UsageRefusal(f"plans {source['plans_name']} have no configuration {configuration}; they have: {known}")
     manager = PlansManager(source).get_configuration(configuration)
-    if manager.previous_stage_name is not None:
-        raise Refusal("the cascade's second stage is not supported: it sees predictions of an earlier private model")
     architecture = manager.configuration["architecture"]
     plan = plan_configuration(
         budget,
@@ -281,7 +298,9 @@ def _merge_into(
             update={"configurations": {}}
         )
         known = before.configurations.get(configuration)
-        if same_budget and known == section.configurations[configuration]:
+        if known is not None and for_one_configuration(old, configuration) == for_one_configuration(
+            private, configuration
+        ):
             return False
         if not overwrite and not (same_budget and known is None):
             raise UsageRefusal(
@@ -447,7 +466,7 @@ def data_digest(folder: Path, slots: Mapping[str, tuple[str, ...]], plan: Config
     """
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
     mine = {case for cases in slots.values() for case in cases}
-    files = {name: size for name, size in sizes.items() if name.split(".")[0].removesuffix("_seg") in mine}
+    files = {name: size for name, size in sizes.items() if name.rsplit(".", 1)[0].removesuffix("_seg") in mine}
     content = [plan.model_dump(mode="json"), {k: list(v) for k, v in slots.items()}, files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

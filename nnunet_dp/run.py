@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import pickle
 import secrets
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ class RunFolder:
 
     def __init__(self, folder: Path, dataset_ledger: Path, results: Path) -> None:
         self.folder, self.dataset_ledger, self.results = folder, dataset_ledger, results
-        self._lock: Any = None
 
     def __repr__(self) -> str:
         """The folder's name."""
@@ -60,11 +59,11 @@ class RunFolder:
             Refusal: when another training holds it.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.folder / _LOCK, "a")
+        lock = os.open(self.folder / _LOCK, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)  # held for the life of the process
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock.close()
+            os.close(lock)
             raise Refusal(f"another training is writing to {self.name}: wait for it, or choose another fold") from None
 
     def start(
@@ -172,7 +171,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         Refusal: for a file that is damaged or holds anything but tensors and plain values.
     """
     try:
+        with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
         return torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # damaged files fail in every part of zipfile, pickle and torch
         raise Refusal(f"{file.name} cannot be read ({type(error).__name__}): put an intact copy back") from None
-

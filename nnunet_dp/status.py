@@ -95,12 +95,17 @@ def read_status(folder: Path) -> Status:
     if section is None:
         raise UsageRefusal(f"{folder.parent.name} was not trained with privacy: its plans have no private section")
     configuration = folder.parent.name.rsplit("__", 1)[-1]
-    copies = {file: read_copy(file) for file in folder.parent.parent.rglob(LEDGER)}  # before the dataset's, which
-    dataset = _dataset_entries(content["dataset_name"])  # always holds at least as much
+    proved, finished = _charges_proved(folder)  # first the checkpoint, then the copies, then the dataset's ledger: each
+    copies = {file: read_copy(file) for file in folder.parent.parent.rglob(LEDGER)}  
+    dataset = _dataset_entries(content["dataset_name"])  # holds at least as much as the one before
     if dataset is not None and {entry.hash for lines in copies.values() for entry in lines} - {e.hash for e in dataset}:
         raise Refusal(f"charges in a model folder are missing from the dataset's {LEDGER}: put it back from a backup")
     mine = _run_entries(folder, copies.get(copy, ()), dataset)
-    finished = _refuse_lost_charges(folder, mine)
+    if len(mine) < proved:
+        raise Refusal(
+            f"the checkpoint in {folder.name} proves at least {proved} charges, found {len(mine)} ledger lines: put "
+            f"{LEDGER} back from a backup"
+        )
     return _status(section, configuration, mine, dataset, finished)
 
 
@@ -114,20 +119,12 @@ def _run_entries(
     return tuple(entry for entry in known if entry.run == runs[-1]) if runs else ()
 
 
-def _refuse_lost_charges(folder: Path, mine: tuple[LedgerEntry, ...]) -> bool:
-    """Whether the run is finished; a checkpoint that knows of more charges than there are lines is refused."""
+def _charges_proved(folder: Path) -> tuple[int, bool]:
+    """How many charges the fold's checkpoint knows of at least, and whether the run is finished."""
     final, latest = folder / FINAL, folder / LATEST
-    known = 0
     if final.is_file():
-        known = read_checkpoint(final)["init_args"].get("charges", 1)
-    elif latest.is_file():
-        known = int(read_checkpoint(latest)["private"]["step"])
-    if len(mine) < known:
-        raise Refusal(
-            f"the checkpoint in {folder.name} proves at least {known} charges, found {len(mine)} ledger lines: put "
-            f"{LEDGER} back from a backup"
-        )
-    return final.is_file()
+        return int(read_checkpoint(final)["init_args"].get("charges", 1)), True
+    return (int(read_checkpoint(latest)["private"]["step"]) if latest.is_file() else 0), False
 
 
 def _dataset_entries(dataset: str) -> tuple[LedgerEntry, ...] | None:
