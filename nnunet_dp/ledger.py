@@ -11,6 +11,7 @@ run's own lines are written a second time to its ``copy``, beside the model.
 
 Example:
     >>> from tempfile import TemporaryDirectory
+    >>> from nnunet_dp.charges import epsilon_of
     >>> with TemporaryDirectory() as folder:
     ...     ledger = Ledger(Path(folder) / "privacy_ledger.jsonl", run="fold_0", plan="0a")
     ...     charge = Charge(purpose="training", mechanism="gaussian", noise_multiplier=5.0, first_step=0)
@@ -33,132 +34,38 @@ Design note: another writer's line for *this* run means that two processes conti
 flock is advisory and per host; on a network file system it must be supported by the server.
 """
 
-import fcntl
-import hashlib
-import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from dp_accounting.dp_event import (
-    DpEvent,
-    GaussianDpEvent,
-    LaplaceDpEvent,
-    PoissonSampledDpEvent,
-    SelfComposedDpEvent,
+from dp_accounting.dp_event import DpEvent
+
+from nnunet_dp.appending import (
+    append_line,
+    append_to_copy,
+    locked_for_reading,
+    locked_for_writing,
+    read_range,
+    set_torn_line_aside,
 )
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
-
-from nnunet_dp.accounting import epsilon
+from nnunet_dp.charges import (
+    FIRST_PREVIOUS,
+    RESTORE,
+    VERSION,
+    Charge,
+    LedgerEntry,
+    LedgerError,
+    content_hash,
+    parse_chain,
+    parse_line,
+)
 from nnunet_dp.errors import Refusal
-from nnunet_dp.events import PureDpEvent
-
-VERSION = 1
-TRAINING = "training"
-FIRST_PREVIOUS = "0" * 64
-RESTORE = "restore the file from a backup, or archive model and ledger and start anew; do not continue on it"
-
-_Word = Annotated[str, StringConstraints(min_length=1, pattern=r"\S")]
-_Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]+$")]
-_Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-class LedgerError(Refusal):
-    """The ledger is not what it should be: nothing may be charged to it, and no epsilon read from it."""
 
 
 class TornLineWarning(UserWarning):
     """The last line has no end: a process died while it wrote it, before it drew any noise."""
-
-
-class Charge(BaseModel):
-    """What is about to be released, in public numbers.
-
-    Attributes:
-        purpose: what it is for (``training``); public, never a name from the data.
-        mechanism: kind of noise.
-        noise_multiplier: noise over sensitivity; gaussian and laplace.
-        epsilon: only pure_dp.
-        sampling_probability: q of a Poisson draw; 1 is the full batch.
-        count: number of releases that this one line pays for.
-        first_step: step of the first of them, or None.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    purpose: _Word
-    mechanism: Literal["gaussian", "laplace", "pure_dp"]
-    noise_multiplier: _Positive | None = None
-    epsilon: _Positive | None = None
-    sampling_probability: float = Field(default=1.0, gt=0, le=1)
-    count: int = Field(default=1, ge=1)
-    first_step: int | None = Field(default=None, ge=0)
-
-    @model_validator(mode="after")
-    def _require_fields_of_the_mechanism(self) -> "Charge":
-        pure = self.mechanism == "pure_dp"
-        if (self.epsilon is not None) != pure or (self.noise_multiplier is None) != pure:
-            wanted = "epsilon and no noise_multiplier" if pure else "noise_multiplier and no epsilon"
-            raise ValueError(f"a {self.mechanism} charge should have {wanted}")
-        if pure and self.sampling_probability != 1:
-            raise ValueError("a pure_dp charge should have sampling_probability 1: its epsilon is for the full batch")
-        return self
-
-    @property
-    def unit_event(self) -> DpEvent:
-        """Price of one of the releases: what a receipt is spent on."""
-        if self.mechanism == "pure_dp":
-            return PureDpEvent(self.epsilon or 0.0)
-        kind = GaussianDpEvent if self.mechanism == "gaussian" else LaplaceDpEvent
-        event = kind(self.noise_multiplier or 0.0)
-        if self.sampling_probability == 1:
-            return event
-        return PoissonSampledDpEvent(self.sampling_probability, event)
-
-    @property
-    def event(self) -> DpEvent:
-        """Price of all of them."""
-        return self.unit_event if self.count == 1 else SelfComposedDpEvent(self.unit_event, self.count)
-
-    @property
-    def steps(self) -> range:
-        """Steps paid for; empty for a charge that belongs to no step."""
-        return range(0) if self.first_step is None else range(self.first_step, self.first_step + self.count)
-
-
-class LedgerEntry(Charge):
-    """One line of the file: a charge, who made it, and its place in the chain.
-
-    Attributes:
-        run: the run's identifier; public.
-        plan: hash of the privacy plan, hex.
-        checkpoint: identifier of the newest checkpoint on disk when it was charged, or None.
-        unit: what the charge is counted per (``patient``, ``case``).
-        units: digest of the table that says which case belongs to which unit.
-        sequence: 1, 2, 3, ...
-        previous: ``hash`` of the line before, 64 zeros for the first.
-        version: of this format.
-        hash: SHA-256 over the canonical JSON of all other fields.
-    """
-
-    run: _Word
-    plan: _Hex
-    checkpoint: str | None = None
-    unit: _Word
-    units: _Hash
-    sequence: int = Field(ge=1)
-    previous: _Hash
-    version: Literal[1] = VERSION
-    hash: _Hash
-
-    @property
-    def line(self) -> bytes:
-        """The entry as it stands in the file, newline included."""
-        return _canonical(self.model_dump()) + b"\n"
 
 
 class Receipt:
@@ -235,14 +142,14 @@ class Ledger:
         self.unit, self.units = unit, units
         self._entries: list[LedgerEntry] = []
         self._size = 0  # bytes of the file that were verified
-        with _locked_for_reading(self.path) as descriptor:
+        with locked_for_reading(self.path) as descriptor:
             self._catch_up(descriptor, opening=True)
         self.verify_copy()
 
     @property
     def entries(self) -> tuple[LedgerEntry, ...]:
         """All lines of the dataset, verified, those of other runs included."""
-        with _locked_for_reading(self.path) as descriptor:
+        with locked_for_reading(self.path) as descriptor:
             self._catch_up(descriptor)
         return tuple(self._entries)
 
@@ -278,15 +185,15 @@ class Ledger:
     def _append(self, charge: Charge, checkpoint: str | None) -> None:
         if self._size and not self.path.exists():
             raise LedgerError("the ledger should only grow, found no file any more; " + RESTORE)
-        with _locked_for_writing(self.path) as descriptor:
+        with locked_for_writing(self.path) as descriptor:
             self._catch_up(descriptor)
-            _set_torn_line_aside(self.path, descriptor, self._size)
+            set_torn_line_aside(self.path, descriptor, self._size)
             entry = self._entry(charge, checkpoint)
-            _append(descriptor, entry.line)
+            append_line(descriptor, entry.line)
             self._entries.append(entry)
             self._size += len(entry.line)
             if self.copy is not None:
-                _append_to_copy(self.copy, entry.line)
+                append_to_copy(self.copy, entry.line)
 
     def verify_contains(self, sequence: int, hash: str) -> None:
         """Check that the file still holds the line that was its head when a checkpoint was written.
@@ -334,17 +241,17 @@ class Ledger:
             "previous": previous,
             "version": VERSION,
         }
-        return LedgerEntry(**fields, hash=_digest(fields))
+        return LedgerEntry(**fields, hash=content_hash(fields))
 
     def _catch_up(self, descriptor: int | None, opening: bool = False) -> None:
         """Verify what others appended since the last look; must hold the lock."""
         size = 0 if descriptor is None else os.fstat(descriptor).st_size
         last = self._entries[-1].line if self._entries else b""
-        if size < self._size or _read(descriptor, self._size - len(last), self._size) != last:
+        if size < self._size or read_range(descriptor, self._size - len(last), self._size) != last:
             raise LedgerError("the ledger should only grow, found it shorter or rewritten under this run; " + RESTORE)
-        text = _read(descriptor, self._size, size)
+        text = read_range(descriptor, self._size, size)
         complete = text[: text.rfind(b"\n") + 1]
-        fresh = list(_parse(complete, self.head))
+        fresh = list(parse_chain(complete, self.head))
         if not opening and any(entry.run == self.run for entry in fresh):
             raise LedgerError(
                 "one process should continue a run, found charges of another for it (two continuations): "
@@ -381,15 +288,15 @@ def read_ledger(path: Path) -> tuple[LedgerEntry, ...]:
         LedgerError: naming the line that is unknown, edited, missing, doubled or out of order, or a missing
         file.
     """
-    with _locked_for_reading(Path(path)) as descriptor:
+    with locked_for_reading(Path(path)) as descriptor:
         if descriptor is None:
             raise LedgerError(f"there should be a ledger named {Path(path).name}, found no such file; " + RESTORE)
-        text = _read(descriptor, 0, os.fstat(descriptor).st_size)
+        text = read_range(descriptor, 0, os.fstat(descriptor).st_size)
     complete = text[: text.rfind(b"\n") + 1]
     if complete != text:
         message = "the last line of the ledger is torn: a process died while writing it; it is left out"
         warnings.warn(message, TornLineWarning, stacklevel=2)
-    return tuple(_parse(complete, (0, FIRST_PREVIOUS)))
+    return tuple(parse_chain(complete, (0, FIRST_PREVIOUS)))
 
 
 def read_copy(path: Path) -> tuple[LedgerEntry, ...]:
@@ -398,166 +305,7 @@ def read_copy(path: Path) -> tuple[LedgerEntry, ...]:
     Raises:
         LedgerError: naming the line that is unknown or edited.
     """
-    with _locked_for_reading(Path(path)) as descriptor:
-        text = b"" if descriptor is None else _read(descriptor, 0, os.fstat(descriptor).st_size)
+    with locked_for_reading(Path(path)) as descriptor:
+        text = b"" if descriptor is None else read_range(descriptor, 0, os.fstat(descriptor).st_size)
     complete = text[: text.rfind(b"\n") + 1]
-    return tuple(_parse_line(number, line) for number, line in enumerate(complete.splitlines(keepends=True), 1))
-
-
-def events_of(entries: Iterable[Charge]) -> list[DpEvent]:
-    """The entries as events, counts as self-composition."""
-    return [entry.event for entry in entries]
-
-
-def epsilon_of(entries: Iterable[Charge], delta: float) -> float:
-    """Epsilon of all entries together, computed from what was charged (``accounting.epsilon``)."""
-    return epsilon(events_of(entries), delta)
-
-
-def steps_done(entries: Iterable[LedgerEntry]) -> int:
-    """Number of different training steps that were charged, counted per run."""
-    return len({(entry.run, step) for entry in entries if entry.purpose == TRAINING for step in entry.steps})
-
-
-def steps_wasted(entries: Iterable[LedgerEntry]) -> int:
-    """Training steps that were charged again, because a crash lost them after their charge."""
-    training = [entry for entry in entries if entry.purpose == TRAINING]
-    return sum(len(entry.steps) for entry in training) - steps_done(training)
-
-
-def _parse(text: bytes, head: tuple[int, str]) -> Iterator[LedgerEntry]:
-    """Entries of complete lines that continue the chain after ``head``."""
-    sequence, previous = head
-    for line in text.splitlines(keepends=True):
-        sequence += 1
-        entry = _parse_line(sequence, line)
-        if entry.sequence != sequence or entry.previous != previous:
-            raise LedgerError(
-                f"line {sequence} of the ledger should continue the line before it, found sequence "
-                f"{entry.sequence}: a line is missing, doubled or out of order; " + RESTORE
-            )
-        previous = entry.hash
-        yield entry
-
-
-def _parse_line(number: int, line: bytes) -> LedgerEntry:
-    """One line by itself: known, canonical, and with the hash of its content."""
-    try:
-        fields = json.loads(line)
-    except ValueError:
-        raise LedgerError(
-            f"line {number} of the ledger should be a JSON object, found something else; " + RESTORE
-        ) from None
-    version = fields.get("version") if isinstance(fields, dict) else None
-    if version != VERSION:
-        raise LedgerError(
-            f"line {number} of the ledger should have version {VERSION}, found {version!r}: update nnunet-dp"
-        )
-    try:
-        entry = LedgerEntry.model_validate(fields)
-    except ValidationError as error:
-        where = sorted({".".join(map(str, part["loc"])) or "fields" for part in error.errors()})
-        raise LedgerError(
-            f"line {number} of the ledger holds {', '.join(where)} that this version does not know: update "
-            "nnunet-dp, or " + RESTORE
-        ) from None
-    if entry.line != line or entry.hash != _digest({key: fields[key] for key in fields if key != "hash"}):
-        raise LedgerError(
-            f"line {number} of the ledger should have the hash of its content, found it edited; " + RESTORE
-        )
-    return entry
-
-
-def _canonical(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
-
-
-def _digest(fields: dict[str, Any]) -> str:
-    return hashlib.sha256(_canonical(fields)).hexdigest()
-
-
-# ---- the file ------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _locked_for_writing(path: Path) -> Iterator[int]:
-    """A descriptor under the exclusive lock; makes the file."""
-    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_size == 0:
-            _sync_folder(path)
-        yield descriptor
-    finally:
-        os.close(descriptor)  # releases the lock
-
-
-@contextmanager
-def _locked_for_reading(path: Path) -> Iterator[int | None]:
-    """A descriptor under the shared lock, so that no line is half written; None where there is no file."""
-    if not path.exists():
-        yield None
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    """A new file's name is on disk only when its folder is."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _read(descriptor: int | None, start: int, end: int) -> bytes:
-    parts: list[bytes] = []
-    while descriptor is not None and start < end and (part := os.pread(descriptor, end - start, start)):
-        parts.append(part)
-        start += len(part)
-    return b"".join(parts)
-
-
-def _append(descriptor: int, line: bytes) -> None:
-    """One write and one fsync; on failure the file as it was, and the error."""
-    size = os.fstat(descriptor).st_size
-    try:
-        written = os.write(descriptor, line)
-        if written != len(line):
-            raise OSError(f"{written} of {len(line)} bytes were written")
-        os.fsync(descriptor)
-    except OSError:
-        _roll_back(descriptor, size)
-        raise
-
-
-def _roll_back(descriptor: int, size: int) -> None:
-    """Safe even for a whole line: its receipt was not handed out. What stays on disk stays charged."""
-    try:
-        os.ftruncate(descriptor, size)
-        os.fsync(descriptor)
-    except OSError:
-        pass
-
-
-def _set_torn_line_aside(path: Path, descriptor: int, end: int) -> None:
-    """Move what follows the last newline to ``<name>.torn``, under the exclusive lock."""
-    torn = _read(descriptor, end, os.fstat(descriptor).st_size)
-    if torn:
-        with _locked_for_writing(path.with_name(path.name + ".torn")) as side:
-            _append(side, torn + b"\n")
-        os.ftruncate(descriptor, end)
-        os.fsync(descriptor)
-
-
-def _append_to_copy(path: Path, line: bytes) -> None:
-    with _locked_for_writing(path) as descriptor:
-        size = os.fstat(descriptor).st_size
-        if size and _read(descriptor, size - 1, size) != b"\n":
-            _set_torn_line_aside(path, descriptor, _read(descriptor, 0, size).rfind(b"\n") + 1)
-        _append(descriptor, line)
+    return tuple(parse_line(number, line) for number, line in enumerate(complete.splitlines(keepends=True), 1))

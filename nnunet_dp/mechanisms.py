@@ -42,9 +42,10 @@ import torch
 from dp_accounting.dp_event import DpEvent, GaussianDpEvent, LaplaceDpEvent, PoissonSampledDpEvent
 
 from nnunet_dp.accounting import z_delta
+from nnunet_dp.charges import Charge
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.events import PureDpEvent
-from nnunet_dp.ledger import Charge, Receipt
+from nnunet_dp.ledger import Receipt
 
 
 class _Once:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_dp.accounting import PrivacyBudget
-from nnunet_dp.ledger import LedgerEntry, epsilon_of
+from nnunet_dp.charges import LedgerEntry, epsilon_of
 from nnunet_dp.planning import PrivacySection
 
 

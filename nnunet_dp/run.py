@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from nnunet_dp.charges import FIRST_PREVIOUS, LedgerEntry
 from nnunet_dp.errors import Refusal
-from nnunet_dp.ledger import FIRST_PREVIOUS, Ledger, LedgerEntry, read_ledger
+from nnunet_dp.ledger import Ledger, read_ledger
 
 LEDGER = "privacy_ledger.jsonl"
 LATEST = "checkpoint_latest.pth"

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dp.accounting import which_accountant
+from nnunet_dp.charges import LedgerEntry, epsilon_of, events_of, steps_done, steps_wasted
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.ledger import LedgerEntry, epsilon_of, events_of, read_copy, read_ledger, steps_done, steps_wasted
+from nnunet_dp.ledger import read_copy, read_ledger
 from nnunet_dp.planning import NOT_COVERED, PrivacySection
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint

@@ -10,7 +10,7 @@ from asserts import NASTY_SCALES, all_rules, assert_bounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunet_dp.clipping import RULE_NAMES, QuantileAdaptive, make_rule
+from nnunet_dp.clipping import RULE_NAMES, Flat, QuantileAdaptive, make_rule
 from nnunet_dp.gradients import _add_scaled, group_norms
 
 NAMES = ["conv.weight", "conv.bias", "head.weight"]
@@ -18,7 +18,7 @@ NAMES = ["conv.weight", "conv.bias", "head.weight"]
 
 def contribution(rule, gradient):
     """What one patient adds to the sum, through the engine's own code."""
-    total = [torch.zeros_like(g) for g in gradient]
+    total = [torch.zeros_like(g, dtype=torch.float64) for g in gradient]
     norms = group_norms(gradient, rule.groups(NAMES))
     if rule.usable(norms):
         _add_scaled(total, gradient, rule.factors(norms).tolist(), rule.groups(NAMES))
@@ -113,6 +113,22 @@ def test_the_quantile_rule_stays_inside_its_public_range():
 def test_a_bound_that_bounds_nothing_is_refused(bound):
     with pytest.raises(ValueError, match="positive finite"):
         make_rule("flat", {"bound": bound})
+
+
+@pytest.mark.parametrize("name", ["auto_s", "psac", "nsgd"])
+@pytest.mark.parametrize("regulariser", [0.0, -0.5, math.nan, math.inf])
+def test_a_regulariser_that_breaks_the_bound_is_refused(name, regulariser):
+    with pytest.raises(ValueError, match="positive finite"):
+        make_rule(name, {"bound": 1.0, "regulariser": regulariser})
+
+
+def test_a_formula_that_lies_cannot_break_the_bound():
+    class Liar(Flat):
+        def _factors(self, norms):
+            return 1e6 / norms
+
+    gradient = [torch.randn(1000), torch.randn(7), torch.randn(30)]
+    assert_bounded(contribution(Liar(1.0), gradient), 1.0)
 
 
 def test_an_unknown_rule_is_refused_by_name():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from asserts import RULES, all_rules, assert_bounded, norm
@@ -11,7 +13,7 @@ from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from references import clipped_sum_by_loop
 
-from nnunet_dp.clipping import RULE_NAMES, make_rule
+from nnunet_dp.clipping import RULE_NAMES, SAFETY, make_rule
 from nnunet_dp.gradients import Record, one_at_a_time, trainable
 
 UNETS = "dynamic_network_architectures.architectures.unet."
@@ -169,3 +171,27 @@ def test_the_loss_is_watched_once_per_patient():
     net = network("PlainConvUNet", 2)
     one_at_a_time(net, nnunet_loss(), records(2, 3), make_rule("auto_s", RULES["auto_s"]), watch=seen.append)
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("batch", [1600, 5000])
+def test_removing_one_patient_moves_the_rounded_sum_by_no_more_than_the_bound(batch):
+    """Gradients chosen against float32 sums, which move by 1.03 bounds at 1600 patients and by more at more."""
+    edge = 2 ** math.floor(math.log2(batch * 0.62))
+    before = math.ceil((edge - 0.5) / SAFETY)
+    value, step = (edge - 0.5) / before / SAFETY, -0.26 * edge * 2.0**-23 / SAFETY
+    others = [value] * before, [step] * (batch - before - 1)
+    net = torch.nn.Linear(1, 1, bias=False)
+
+    def total(middle, dtype):
+        numbers = torch.tensor([*others[0], middle, *others[1]])
+        if dtype == torch.float32:  # what the engine must not do
+            sum_ = torch.zeros((), dtype=dtype)
+            for number in numbers:
+                sum_ += number * SAFETY
+            return sum_.item()
+        records = (Record(number.reshape(1, 1), None) for number in numbers)
+        rule = make_rule("flat", {"bound": 1.0})
+        return one_at_a_time(net, lambda output, _: output.sum(), records, rule).tensors[0].item()
+
+    assert total(1.0, torch.float64) - total(0.0, torch.float64) <= 1.0
+    assert total(1.0, torch.float32) - total(0.0, torch.float32) > 1.0

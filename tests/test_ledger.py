@@ -17,26 +17,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from nnunet_dp import ledger as module
+from nnunet_dp import charges as module
 from nnunet_dp.accounting import epsilon
+from nnunet_dp.charges import FIRST_PREVIOUS, Charge, LedgerError, epsilon_of, events_of, steps_done, steps_wasted
 from nnunet_dp.events import PureDpEvent
-from nnunet_dp.ledger import (
-    FIRST_PREVIOUS,
-    Charge,
-    Ledger,
-    LedgerError,
-    TornLineWarning,
-    epsilon_of,
-    events_of,
-    read_ledger,
-    steps_done,
-    steps_wasted,
-)
+from nnunet_dp.ledger import Ledger, TornLineWarning, read_ledger
 
 WRITER = """
 import sys
 from pathlib import Path
-from nnunet_dp.ledger import Charge, Ledger
+from nnunet_dp.charges import Charge
+from nnunet_dp.ledger import Ledger
 folder, run, count = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 ledger = Ledger(folder / "privacy_ledger.jsonl", run=run, plan="0a", copy=folder / f"{run}.jsonl")
 for step in range(count):
@@ -431,7 +422,17 @@ def test_catching_up_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.
     ledger, other = filled(tmp_path, 20), open_ledger(tmp_path, "fold_1")
     other.charge(step_charge(0))
     parsed: list[int] = []
-    parse = module._parse_line
-    monkeypatch.setattr(module, "_parse_line", lambda number, line: (parsed.append(number), parse(number, line))[1])
+    parse = module.parse_line
+    monkeypatch.setattr(module, "parse_line", lambda number, line: (parsed.append(number), parse(number, line))[1])
     ledger.charge(step_charge(20))
     assert parsed == [21]
+
+
+def test_charges_per_other_units_are_never_added(tmp_path: Path) -> None:
+    path = tmp_path / "privacy_ledger.jsonl"
+    charge = Charge(purpose="training", mechanism="gaussian", noise_multiplier=5.0, first_step=0)
+    Ledger(path, "one", "0a", unit="patient", units="1" * 64).charge(charge)
+    Ledger(path, "two", "0a", unit="patient", units="1" * 64).charge(charge)
+    for unit, units in (("case", "1" * 64), ("patient", "2" * 64)):
+        with pytest.raises(LedgerError, match="charged per 'patient'"):
+            Ledger(path, "three", "0a", unit=unit, units=units)

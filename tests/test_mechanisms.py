@@ -13,9 +13,10 @@ from dp_accounting.dp_event import GaussianDpEvent, LaplaceDpEvent, PoissonSampl
 from scipy.stats import kstest
 
 from nnunet_dp.accounting import z_delta
+from nnunet_dp.charges import Charge
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.events import PureDpEvent
-from nnunet_dp.ledger import Charge, Ledger, Receipt
+from nnunet_dp.ledger import Ledger, Receipt
 from nnunet_dp.mechanisms import (
     BoundedScores,
     ClippedSum,
@@ -292,6 +293,22 @@ def test_a_bounded_value_does_not_change() -> None:
 
 
 # ---- randomness ----------------------------------------------------------------------------------
+
+
+def test_a_fresh_cpu_generator_has_its_whole_state_filled_with_entropy() -> None:
+    words = slice(24, 24 + 8 * 624)
+    seeded = torch.Generator().manual_seed(77).get_state()
+    assert seeded[words][:8].tolist() == [77, 0, 0, 0, 0, 0, 0, 0]  # pins torch's layout: the first word is the seed
+    filled = fresh_generator("cpu").get_state()[words].view(torch.int64)
+    low_bits = (filled & 1).float().mean().item()
+    assert 0.3 < low_bits < 0.7
+    assert len(set(filled.tolist())) == 624
+    assert not torch.equal(filled, torch.Generator().manual_seed(int(filled[0])).get_state()[words].view(torch.int64))
+
+
+def test_seeding_by_number_keeps_only_32_bits_which_is_why_it_is_not_done() -> None:
+    one, other = (torch.randn(9, generator=torch.Generator().manual_seed(5 + k * 2**32)) for k in (0, 7))
+    assert torch.equal(one, other)
 
 
 def test_fresh_generators_differ() -> None:

@@ -33,9 +33,9 @@ from torch._dynamo import OptimizedModule
 from nnunet_dp import nnunet
 from nnunet_dp import plans as private_plans
 from nnunet_dp.admission import refuse_coupling
+from nnunet_dp.charges import epsilon_of
 from nnunet_dp.dpsgd import Execution, PrivateTraining
 from nnunet_dp.errors import Refusal
-from nnunet_dp.ledger import epsilon_of
 from nnunet_dp.loading import PatientLoader
 from nnunet_dp.patients import Patients, cases_as_units, read_canonical
 from nnunet_dp.report import banner, plot_spending

@@ -1,0 +1,246 @@
+"""Self-configuration: a pure function of budget and public facts, calibrated, and modest in size."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import json
+import math
+
+import pytest
+from ordinary_plans import DATASET_JSON, ordinary_plans
+from pydantic import ValidationError
+
+from nnunet_dp.accounting import PrivacyBudget, epsilon
+from nnunet_dp.clipping import RULE_NAMES
+from nnunet_dp.nnunet import count_parameters
+from nnunet_dp.planning import (
+    FEWEST_STEPS,
+    NOT_COVERED,
+    PATCH_LIMIT,
+    STEP_LIMIT,
+    TRAINING_SHARE,
+    PrivacySection,
+    clip_rules,
+    features,
+    parameter_limit,
+    patches_per_patient,
+    plan_configuration,
+    sampling_probability,
+    stages,
+    steps,
+)
+
+HALVED_3D = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
+HALVED_2D = [[1, 1], *[[2, 2]] * 5]
+
+
+def budget(target: float = 8.0, delta: float = 1e-4) -> PrivacyBudget:
+    return PrivacyBudget(epsilon=target, delta=delta)
+
+
+def roughly_a_unet(shape: tuple[int, ...]) -> int:
+    """About the parameters of a 3D U-Net: squares of the features."""
+    return sum(135 * number**2 for number in shape)
+
+
+def plan(target=8.0, patients=170, compute="full"):
+    return plan_configuration(budget(target), patients, (40, 56, 40), HALVED_3D, roughly_a_unet, compute)
+
+
+def spent(configuration, target, patients=170) -> float:
+    schedule = configuration.privacy_plan(budget(target), "flat", patients)
+    return epsilon([schedule.mechanism.event] * schedule.steps, schedule.budget.delta)
+
+
+def section() -> PrivacySection:
+    return PrivacySection(
+        budget=budget(),
+        patients=170,
+        patients_file_sha256=None,
+        source_plans="nnUNetPlans",
+        public_weights_sha256=None,
+        not_covered=NOT_COVERED,
+        configurations={"3d_fullres": plan()},
+    )
+
+
+def test_the_same_public_facts_give_the_same_plan():
+    assert plan() == plan()
+
+
+def test_neither_fold_nor_hardware_nor_data_can_reach_the_plan():
+    facts = {"budget", "patients", "patch_size", "strides", "count_parameters", "compute", "image_shape"}
+    assert set(inspect.signature(plan_configuration).parameters) == facts
+
+
+@pytest.mark.parametrize(("patients", "limit"), [(1, 400_000), (170, 510_000), (300, 900_000), (10**6, 1_000_000)])
+def test_parameters_are_limited_by_the_number_of_patients(patients, limit):
+    assert parameter_limit(patients) == limit
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "strides", "expected"),
+    [
+        ((40, 56, 40), HALVED_3D, 3),
+        ((128, 128), HALVED_2D, 4),
+        ((128, 128, 128), [*HALVED_3D, [2, 2, 2], [2, 2, 2]], 4),
+        ((16, 16), HALVED_2D, 2),  # never fewer than two
+        ((20, 320, 256), [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2], [1, 2, 2]], 6),
+        ((64, 64), [[1, 1], [2, 2]], 2),  # never more than the plans have
+    ],
+)
+def test_stages_end_where_the_feature_map_falls_below_ten_voxels(patch_size, strides, expected):
+    assert stages(patch_size, strides) == expected
+
+
+def test_features_double_from_sixteen_and_stay_within_the_limit():
+    for limit in (50_000, 100_000, 500_000, 1_000_000, 10**9):
+        shape = features(limit, roughly_a_unet, 5)
+        assert roughly_a_unet(shape) <= limit
+        assert all(wide in (narrow, 2 * narrow) for narrow, wide in itertools.pairwise(shape))
+        assert shape[0] == min(16, shape[-1])
+
+
+def test_more_parameters_allowed_never_give_fewer_features():
+    found = [features(limit, roughly_a_unet, 6) for limit in range(60_000, 3_000_000, 50_000)]
+    assert found == sorted(found) and len(set(found)) > 3
+
+
+def test_a_network_that_cannot_meet_the_limit_is_as_narrow_as_possible():
+    assert features(1, roughly_a_unet, 3) == (8, 8, 8)
+
+
+def test_steps_grow_with_epsilon_and_with_patients_and_shrink_with_parameters():
+    by_epsilon = [steps(budget(target), 170, 340_000, "full") for target in (0.5, 1, 3, 8, 20)]
+    by_patients = [steps(budget(), patients, 340_000, "full") for patients in (10, 50, 170, 400, 5000)]
+    by_parameters = [steps(budget(), 170, parameters, "full") for parameters in (100_000, 340_000, 1_000_000)]
+    assert by_epsilon == sorted(by_epsilon) and by_epsilon[1] < by_epsilon[3]
+    assert by_patients == sorted(by_patients) and by_patients[1] < by_patients[3]
+    assert by_parameters == sorted(by_parameters, reverse=True)
+
+
+@pytest.mark.parametrize(("target", "known"), [(8, 100), (3, 40)])
+def test_steps_reproduce_the_best_known_schedules(target, known):
+    assert steps(budget(target), 170, 340_000, "full") == pytest.approx(known, rel=0.25)
+
+
+@pytest.mark.parametrize("compute", ["full", "small"])
+def test_steps_and_patches_keep_their_public_limits(compute):
+    for patients in (3, 50, 170, 2000, 100_000):
+        count = steps(budget(), patients, 400_000, compute)
+        q = sampling_probability(patients, count, 1, compute)
+        assert FEWEST_STEPS <= count <= STEP_LIMIT[compute] and 0 < q <= 1
+        training = TRAINING_SHARE * patients
+        enough = math.isclose(q * training, 64, rel_tol=1e-3) or q == 1
+        assert enough or q * training * count <= 1.001 * PATCH_LIMIT[compute]
+
+
+@pytest.mark.parametrize("patients", [20, 100, 170, 260, 400])
+def test_a_few_hundred_patients_train_with_the_full_batch(patients):
+    count = steps(budget(), patients, parameter_limit(patients), "full")
+    assert sampling_probability(patients, count, 1, "full") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("patch_size", "image_shape", "patches"),
+    [
+        ((128, 128), (36, 50, 35), 8),
+        ((128, 128), (5, 50, 35), 5),
+        ((128, 128), (1, 80, 80), 1),
+        ((128, 128), (), 1),
+        ((40, 56, 40), (36, 50, 35), 1),
+    ],
+)
+def test_slices_of_a_volume_are_averaged_and_whole_patches_are_not(patch_size, image_shape, patches):
+    assert patches_per_patient(patch_size, image_shape) == patches
+
+
+@pytest.mark.parametrize(("target", "patients"), [(0.5, 170), (1, 40), (3, 170), (8, 170), (8, 1600), (20, 400)])
+def test_the_calibrated_schedule_spends_at_least_99_percent_of_its_target_and_never_more(target, patients):
+    assert 0.99 * target <= spent(plan(target, patients), target) <= target
+
+
+def test_the_small_schedule_is_recorded_and_keeps_the_same_budget():
+    small = plan(compute="small")
+    assert (small.compute, plan().compute) == ("small", "full")
+    assert small.steps < plan().steps
+    assert 0.99 * 8 <= spent(small, 8) <= 8
+
+
+@pytest.mark.parametrize("rule", RULE_NAMES)
+def test_every_clip_rule_is_planned_and_can_be_trained_with(rule):
+    configuration = plan()
+    chosen = configuration.privacy_plan(budget(), rule, 136)
+    chosen.verify()
+    assert chosen.rule == configuration.clip_rules[rule].rule(rule)
+    assert chosen.expected_batch == configuration.sampling_probability * 136
+    assert configuration.schedule(rule).learning_rate == configuration.clip_rules[rule].learning_rate
+
+
+def test_the_plan_holds_exactly_the_known_rules_and_no_momentum():
+    assert tuple(clip_rules(100)) == RULE_NAMES
+    assert plan().momentum == 0.0
+
+
+@pytest.mark.parametrize("configuration", ["3d_fullres", "2d"])
+@pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])
+def test_nnunets_own_network_is_shrunk_to_between_0_3_and_1_million_parameters(configuration, kind):
+    plans = ordinary_plans(kind)
+    source = plans["configurations"][configuration]
+    found = plan_configuration(
+        budget(),
+        200,
+        tuple(source["patch_size"]),
+        source["architecture"]["arch_kwargs"]["strides"],
+        lambda shape: count_parameters(plans, configuration, DATASET_JSON, shape),
+        "full",
+    )
+    assert 300_000 <= found.network.parameters <= 1_000_000
+    assert found.network.parameters <= parameter_limit(200)
+
+
+def test_the_section_survives_json_unchanged():
+    written = json.dumps(section().model_dump(mode="json"))
+    assert PrivacySection.model_validate(json.loads(written)) == section()
+
+
+@pytest.mark.parametrize("place", [(), ("budget",), ("configurations", "3d_fullres"),
+                                   ("configurations", "3d_fullres", "network"),
+                                   ("configurations", "3d_fullres", "clip_rules", "flat")])  # fmt: skip
+def test_a_section_with_an_unknown_field_is_refused(place):
+    content = section().model_dump(mode="json")
+    inner = content
+    for key in place:
+        inner = inner[key]
+    inner["sigma"] = 1.0
+    with pytest.raises(ValidationError, match="sigma"):
+        PrivacySection.model_validate(content)
+
+
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [("steps", 0), ("sampling_probability", 0.0), ("sampling_probability", 1.1), ("noise_multiplier", 0.0),
+     ("patches_per_patient", 0), ("augmentation", "secret"), ("average_share", 0.0), ("momentum", 1.0)],
+)  # fmt: skip
+def test_a_configuration_with_an_impossible_number_is_refused(field, wrong):
+    content = section().model_dump(mode="json")
+    content["configurations"]["3d_fullres"][field] = wrong
+    with pytest.raises(ValidationError, match=field):
+        PrivacySection.model_validate(content)
+
+
+def test_a_section_of_another_version_is_refused():
+    with pytest.raises(ValidationError, match="version"):
+        PrivacySection.model_validate(section().model_dump(mode="json") | {"version": 2})
+
+
+def test_a_section_whose_delta_would_pass_for_giving_one_patient_away_is_refused():
+    content = section().model_dump(mode="json") | {"patients": 10_000}
+    with pytest.raises(ValidationError, match="below 1 / number of units"):
+        PrivacySection.model_validate(content)
+
+
+def test_a_planned_section_is_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        section().patients = 3

@@ -1,0 +1,226 @@
+"""Status is computed from the ledger, and refuses where ledger and model disagree."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+from ordinary_plans import DATASET, ordinary_plans
+
+from nnunet_dp import status
+from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget
+from nnunet_dp.charges import LedgerError, epsilon_of
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.ledger import Ledger, TornLineWarning, read_ledger
+from nnunet_dp.mechanisms import SubsampledGaussian
+from nnunet_dp.planning import NOT_COVERED, PrivacySection, plan_configuration
+from nnunet_dp.plans import with_section, write_json
+from nnunet_dp.run import FINAL, LATEST, LEDGER, write_checkpoint
+from nnunet_dp.status import read_status
+
+BUDGET = PrivacyBudget(epsilon=8, delta=1e-4, unit="patient (inferred)")
+STRIDES = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+PLAN = plan_configuration(BUDGET, 170, (40, 56, 40), STRIDES, lambda shape: 135 * sum(f * f for f in shape), "small")
+MECHANISM = SubsampledGaussian(PLAN.noise_multiplier, PLAN.sampling_probability)
+
+
+@pytest.fixture
+def fold(tmp_path, monkeypatch) -> Path:
+    """The fold's folder of a model, with a dataset ledger still to be written."""
+    folder = tmp_path / "results" / DATASET / "nnUNetTrainerDP__nnUNetPlansDP_eps8__3d_fullres" / "fold_0"
+    folder.mkdir(parents=True)
+    (tmp_path / "preprocessed" / DATASET).mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path / "preprocessed"))
+    section = PrivacySection(
+        budget=BUDGET,
+        patients=170,
+        patients_file_sha256=None,
+        source_plans="nnUNetPlans",
+        public_weights_sha256=None,
+        not_covered=NOT_COVERED,
+        configurations={"3d_fullres": PLAN},
+    )
+    write_json(with_section(ordinary_plans(), "nnUNetPlansDP_eps8", section, {}), folder.parent / "plans.json")
+    return folder
+
+
+def dataset_ledger(fold: Path) -> Path:
+    return fold.parents[3] / "preprocessed" / DATASET / LEDGER
+
+
+def charge(fold: Path, steps, run: str = "model/fold_0/1", copy: bool = True) -> None:
+    ledger = Ledger(dataset_ledger(fold), run, "0a", fold / LEDGER if copy else None, BUDGET.unit)
+    for step in steps:
+        ledger.charge(MECHANISM.charge("training", step))
+
+
+def test_a_run_without_a_charge_has_spent_nothing(fold):
+    found = read_status(fold)
+    assert (found.epsilon_spent, found.epsilon_dataset_total, found.steps_done, found.entries) == (0, None, 0, 0)
+    assert found.accountant == ACCOUNTANT
+
+
+def test_epsilon_is_that_of_the_ledgers_lines(fold):
+    charge(fold, range(5))
+    found = read_status(fold)
+    assert found.epsilon_spent == epsilon_of(read_ledger(dataset_ledger(fold)), BUDGET.delta) > 0
+    assert found.epsilon_spent == found.epsilon_dataset_total
+
+
+def test_a_finished_schedule_has_spent_its_target_and_no_more(fold):
+    charge(fold, range(PLAN.steps))
+    found = read_status(fold)
+    assert 0.99 * 8 <= found.epsilon_spent <= found.epsilon_target == 8
+    assert found.steps_done == found.steps_planned == PLAN.steps
+
+
+def test_the_datasets_total_counts_every_run_and_the_spent_one_only_this(fold):
+    charge(fold, range(3))
+    alone = read_status(fold)
+    charge(fold, range(4), run="other/fold_1/1", copy=False)
+    both = read_status(fold)
+    assert both.epsilon_spent == alone.epsilon_spent == alone.epsilon_dataset_total
+    assert both.epsilon_dataset_total == epsilon_of(read_ledger(dataset_ledger(fold)), BUDGET.delta)
+    assert both.epsilon_dataset_total > both.epsilon_spent
+
+
+def test_steps_that_a_crash_lost_are_wasted_and_stay_spent(fold):
+    charge(fold, [0, 1, 2, 1, 2, 3])
+    found = read_status(fold)
+    assert (found.steps_done, found.steps_wasted, found.entries) == (4, 2, 6)
+    assert dict(found.lines())["steps"] == f"4 of {PLAN.steps}, 2 lost in crashes and charged"
+
+
+def test_only_the_newest_run_of_the_folder_is_reported(fold):
+    charge(fold, range(3))
+    charge(fold, range(2), run="model/fold_0/2")
+    assert (read_status(fold).run, read_status(fold).entries) == ("model/fold_0/2", 2)
+
+
+def test_the_line_that_a_crash_left_out_of_the_copy_counts(fold):
+    charge(fold, [0, 1])
+    charge(fold, [2], copy=False)
+    assert read_status(fold).entries == 3
+
+
+@pytest.mark.parametrize("elsewhere", ["no variable", "no file"])
+def test_without_the_datasets_ledger_its_total_is_unknown_and_said_so(fold, monkeypatch, elsewhere):
+    charge(fold, range(3))
+    if elsewhere == "no variable":
+        monkeypatch.delenv("nnUNet_preprocessed")
+    else:
+        dataset_ledger(fold).unlink()
+    found = read_status(fold)
+    assert found.epsilon_dataset_total is None and found.entries == 3 and found.epsilon_spent > 0
+    assert dict(found.lines())["dataset"].startswith("unknown")
+
+
+def test_a_dataset_ledger_that_lost_lines_of_the_run_is_refused(fold):
+    charge(fold, range(3))
+    lines = dataset_ledger(fold).read_bytes().splitlines(keepends=True)
+    dataset_ledger(fold).write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(Refusal, match="missing from the dataset's"):
+        read_status(fold)
+
+
+@pytest.mark.parametrize("which", ["dataset", "copy"])
+def test_an_edited_line_is_refused(fold, which):
+    charge(fold, range(3))
+    file = dataset_ledger(fold) if which == "dataset" else fold / LEDGER
+    file.write_text(file.read_text().replace('"first_step":1', '"first_step":7'))
+    with pytest.raises(LedgerError, match="line 2"):
+        read_status(fold)
+
+
+def test_the_json_holds_the_promised_keys_and_survives_json(fold):
+    charge(fold, range(2))
+    found = read_status(fold).as_dict()
+    promised = (
+        "epsilon_spent epsilon_target epsilon_dataset_total delta unit relation accountant covers not_covered "
+        "steps_done steps_planned steps_wasted noise_multiplier sampling_probability patients entries"
+    )
+    assert set(found) == {*promised.split(), "run", "finished"}
+    assert json.loads(json.dumps(found)) == found
+    assert found["not_covered"] == sorted(NOT_COVERED)
+
+
+def test_wherever_epsilon_is_printed_delta_and_unit_are_printed_too(fold):
+    lines = dict(read_status(fold).lines())
+    assert lines["spent"] == "epsilon 0 of 8 at delta 0.0001"
+    assert lines["unit"] == "patient (inferred) (170 in the dataset), relation zero-out"
+
+
+def test_finished_means_that_the_final_model_is_there(fold):
+    charge(fold, [0])
+    assert not read_status(fold).finished
+    write_checkpoint({"init_args": {"charges": 1}}, fold / FINAL)
+    assert read_status(fold).finished
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [(FINAL, {"init_args": {"charges": 4}}), (LATEST, {"private": {"step": 4}})]
+)
+def test_a_checkpoint_that_proves_more_charges_than_there_are_lines_is_refused(fold, name, content):
+    charge(fold, range(3))
+    write_checkpoint(content, fold / name)
+    with pytest.raises(Refusal, match="proves at least 4 charges, found 3 ledger lines"):
+        read_status(fold)
+    charge(fold, [3])
+    assert read_status(fold).entries == 4
+
+
+def test_status_is_safe_while_a_training_writes(fold):
+    writer = threading.Thread(target=charge, args=(fold, range(40)))
+    writer.start()
+    seen = []
+    while writer.is_alive():
+        found = read_status(fold)
+        seen.append(found.entries)
+        assert found.steps_done == found.entries
+    writer.join()
+    assert seen == sorted(seen) and len(set(seen)) > 2
+    assert read_status(fold).entries == 40
+
+
+def test_a_line_whose_writer_died_in_the_middle_is_left_out(fold):
+    charge(fold, range(2))
+    with open(dataset_ledger(fold), "a") as ledger:
+        ledger.write('{"count":1,')
+    with pytest.warns(TornLineWarning):
+        assert read_status(fold).entries == 2
+
+
+@pytest.mark.parametrize("wrong", ["no plans", "no fold", "no privacy"])
+def test_a_folder_without_a_private_training_is_refused(fold, wrong):
+    if wrong == "no plans":
+        (fold.parent / "plans.json").unlink()
+    if wrong == "no privacy":
+        write_json(ordinary_plans(), fold.parent / "plans.json")
+    with pytest.raises(UsageRefusal):
+        read_status(fold.parent if wrong == "no fold" else fold)
+
+
+def test_a_model_whose_own_lines_are_gone_is_not_reported_as_free(fold, monkeypatch):
+    charge(fold, range(3), run=f"{fold.parent.name}/fold_0/1")
+    write_checkpoint({"init_args": {"charges": 3}}, fold / FINAL)
+    (fold / LEDGER).unlink()
+    assert read_status(fold).entries == 3
+    monkeypatch.delenv("nnUNet_preprocessed")
+    with pytest.raises(Refusal, match="proves at least 3 charges, found 0"):
+        read_status(fold)
+
+
+def test_a_checkpoint_that_is_written_while_status_reads_is_no_loss(fold, monkeypatch):
+    charge(fold, range(3))
+    read = status._dataset_entries
+
+    def read_and_train_on(dataset):
+        found = read(dataset)
+        charge(fold, [3, 4])
+        write_checkpoint({"private": {"step": 5}}, fold / LATEST)
+        return found
+
+    monkeypatch.setattr(status, "_dataset_entries", read_and_train_on)
+    assert read_status(fold).entries >= 3
