@@ -124,14 +124,14 @@ class RunFolder:
         states = [read_checkpoint(file).get("private") for file in sorted(self.results.rglob(f"{_MODELS}/**/{LATEST}"))]
         models = any(self.results.rglob(f"{_MODELS}/**/{FINAL}"))
         charges = self._charges()
-        if models and not charges:
-            raise Refusal(f"private models of this dataset exist, but no {LEDGER} in its preprocessed folder: {_BACK}")
         known = {entry.line for entry in charges}
         for copy, content in copies.items():
             lost = sum(line not in known for line in content.splitlines(keepends=True) if line.endswith(b"\n"))
             if lost:
                 name = copy.parent.relative_to(self.results)
                 raise Refusal(f"{lost} charges in {name}/{LEDGER} are missing from the dataset's {LEDGER}: {_BACK}")
+        if models and not charges:
+            raise Refusal(f"private models of this dataset exist, but no {LEDGER} in its preprocessed folder: {_BACK}")
         heads = {(0, FIRST_PREVIOUS), *((entry.sequence, entry.hash) for entry in charges)}
         if any(state and (state["ledger_sequence"], state["ledger_head"]) not in heads for state in states):
             raise Refusal(f"the dataset's {LEDGER} is shorter than a checkpoint of this dataset says: {_BACK}")
