@@ -13,6 +13,11 @@ from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerEntry, epsilon_of
 from nnunet_dp.planning import PrivacySection
 
+_CASE_NOTE = (
+    "no patients.csv says whose case each case is, so the unit is one case; a patient with several cases is protected "
+    "less: give --patients FILE"
+)
+
 
 def describe(section: PrivacySection, configuration: str, units: int | None) -> list[tuple[str, str]]:
     """The plan in words: for the trainers' banner and for the planner's table."""
@@ -30,6 +35,7 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
         ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
         ("covers", "; ".join(section.covers)),
         ("NOT covered", "; ".join(section.not_covered)),
+        *([("NOTE", _CASE_NOTE)] if budget.unit == "case" else []),
     ]
 
 
