@@ -128,15 +128,16 @@ def parameter_limit(patients: int) -> int:
 
 
 def stages(patch_size: tuple[int, ...], strides: list[list[int]]) -> int:
-    """Number of leading stages whose feature map still has an edge of at least 10 voxels; at least two.
+    """Number of leading stages whose feature map still has an edge of at least 10 voxels; at least three.
 
-    Deeper stages see the whole patch already and hold most of the parameters.
+    Deeper stages see the whole patch already and hold most of the parameters. nnU-Net's deep supervision gives its last
+    output no weight, so two stages would leave it without any.
     """
     edges = [float(edge) for edge in patch_size]
     count = 0
     for stride in strides:
         edges = [edge / step for edge, step in zip(edges, stride, strict=True)]
-        if max(edges) < 10 and count >= 2:
+        if max(edges) < 10 and count >= 3:
             break
         count += 1
     return count

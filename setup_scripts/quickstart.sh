@@ -17,6 +17,7 @@ trainer=nnUNetTrainerDP_AutoS
 plans=nnUNetPlansDP_eps$epsilon
 processes=2
 stages=9
+export nnUNet_def_n_proc=$processes nnUNet_n_proc_DA=$processes  # nnU-Net would start more than two cores can feed
 
 data="$PWD/quickstart_data"
 start="$(date +%s)"

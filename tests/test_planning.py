@@ -85,7 +85,7 @@ def test_parameters_are_limited_by_the_number_of_patients(patients, limit):
         ((40, 56, 40), HALVED_3D, 3),
         ((128, 128), HALVED_2D, 4),
         ((128, 128, 128), [*HALVED_3D, [2, 2, 2], [2, 2, 2]], 4),
-        ((16, 16), HALVED_2D, 2),  # never fewer than two
+        ((16, 16), HALVED_2D, 3),  # never fewer than three: nnU-Net gives the last output no weight
         ((20, 320, 256), [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2], [1, 2, 2], [1, 2, 2]], 6),
         ((64, 64), [[1, 1], [2, 2]], 2),  # never more than the plans have
     ],

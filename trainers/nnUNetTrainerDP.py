@@ -91,6 +91,8 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.configuration_manager.configuration["batch_dice"] = False  # a batch's Dice would couple patients
         if self.is_cascaded:
             raise Refusal("the cascade's second stage is not supported: train 3d_fullres or 3d_lowres")
+        if len(self.configuration_manager.pool_op_kernel_sizes) < 3:
+            self.enable_deep_supervision = False  # nnU-Net gives the last output no weight: with one, 0 / 0
         self.initial_lr = self.private_plan.clip_rules[self.clip_rule].learning_rate
         self.weight_decay = 0.0
         self.steps_per_epoch = max(1, self.private_plan.steps // 20)  # an epoch is at most 5 % of the steps
@@ -332,6 +334,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         losses = [output["loss"] for output in train_outputs if math.isfinite(output["loss"])]
         previous = self.logger.get_value("train_losses", None)
         fallback = previous[-1] if previous else 0.0
+        self._loss_text = f"{np.mean(losses):.4f}" if losses else "not finite: nothing is learnt"
         self.logger.log("train_losses", float(np.mean(losses)) if losses else fallback, self.current_epoch)
 
     def on_validation_epoch_end(self, val_outputs):
@@ -349,9 +352,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
         step, steps, budget = self.private.step, self.private.plan.steps, self.section.budget
         began, first = self._started
         eta = (time() - began) / max(1, step - first) * (steps - step) / 60
-        loss, dice = (self.logger.get_value(key, -1) for key in ("train_losses", "mean_fg_dice"))
+        dice = self.logger.get_value("mean_fg_dice", -1)
         self.print_to_log_file(
-            f"step {step}/{steps}  loss {loss:.4f} (local)  pseudo Dice {dice:.3f} (local)  "
+            f"step {step}/{steps}  loss {self._loss_text} (local)  pseudo Dice {dice:.3f} (local)  "
             f"epsilon {self._spent():.3f} of {budget.epsilon:g} per {budget.unit}  ETA {eta:.1f} min"
         )
         self.current_epoch += 1
