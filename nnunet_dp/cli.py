@@ -298,7 +298,11 @@ def _after_phantom(folder: Path) -> str:
 
 
 def _train_command(dataset: str, configuration: str, plans_name: str) -> str:
-    return f"nnUNetv2_train {dataset} {configuration} 0 -tr nnUNetTrainerDP_AutoS -p {plans_name}"
+    from nnunet_dp.link import is_linked
+
+    link = "" if is_linked() or os.environ.get("nnUNet_extTrainer") else "nnunet-dp link && "
+    train = f"nnUNetv2_train {dataset} {configuration} 0 -tr nnUNetTrainerDP_AutoS -p {plans_name}"
+    return f"{link}{train}\n      (without -tr nnUNetTrainerDP_... nnU-Net trains these plans WITHOUT privacy)"
 
 
 def _show(report: Any, as_json: bool) -> None:

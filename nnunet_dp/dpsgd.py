@@ -113,7 +113,7 @@ class Schedule:
 
     def average_decay(self, step: int, steps: int) -> float:
         """Weight of the old average: a running mean at first, then an exponential window."""
-        return min(step / (step + 1), 1 - 1 / max(1.0, self.average_share * steps))
+        return min(step / (step + 1), 1 - 1 / max(2.0, self.average_share * steps))
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,7 @@ def refuse_other_units(entries: Iterable[LedgerEntry], unit: str, units: str) ->
         if (entry.unit, entry.units) != (unit, units):
             raise LedgerError(
                 f"this dataset was charged per '{entry.unit}' of another table of units than today's '{unit}': charges "
-                "per different units cannot be added; put the patients file back, or start a new dataset id"
+                "per different units cannot be added; plan with the earlier patients file, or start a new dataset id"
             )
 
 

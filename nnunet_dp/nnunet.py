@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ LEDGER = "privacy_ledger.jsonl"
 PATIENTS = "patients.csv"
 SPLITS = "splits_final.json"
 DEFAULT_EPSILON = 8.0
+LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range
 
 
 # ---- datasets and their units ------------------------------------------------------------------------------------
@@ -212,8 +212,10 @@ def plan_dataset(
         UsageRefusal: for unknown datasets, plans or configurations, and for a differing plan of that name without
             ``overwrite``.
     """
-    if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise UsageRefusal(f"epsilon should be a positive finite number, found {epsilon:g}: try --epsilon 8")
+    if not 0 < epsilon <= LARGEST_EPSILON:
+        raise UsageRefusal(f"epsilon should lie in (0, {LARGEST_EPSILON:g}], found {epsilon:g}: try --epsilon 8")
+    if output is not None and (not output or Path(output).name != output or output.endswith(".json")):
+        raise UsageRefusal(f"-o should be a name without folder and .json, found {output!r}: try -o myplans")
     if delta is not None and not 0 < delta < 1:
         raise UsageRefusal(f"delta should lie between 0 and 1, found {delta:g}: try 1e-5")
     folder = preprocessed_folder(dataset)
@@ -502,16 +504,17 @@ def final_checkpoint(
     mirroring: Any,
     run: str,
     charges: int,
+    steps: int,
 ) -> dict[str, Any]:
     """What a finished checkpoint may hold: averaged weights and what nnU-Net needs to load them; neutral elsewhere.
 
-    The run's name and the number of its charges let ``nnunet-dp status`` notice a ledger that lost lines.
+    The run's name and the numbers of its charges and steps let ``nnunet-dp status`` notice a ledger that lost lines.
     """
     return {
         "network_weights": {name: tensor.cpu() for name, tensor in weights.items()},
         "trainer_name": trainer,
         "inference_allowed_mirroring_axes": mirroring,
-        "init_args": {"configuration": configuration, "fold": fold, "run": run, "charges": charges},
+        "init_args": {"configuration": configuration, "fold": fold, "run": run, "charges": charges, "steps": steps},
         "optimizer_state": {},
         "grad_scaler_state": None,
         "logging": {},

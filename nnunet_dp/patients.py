@@ -333,8 +333,8 @@ def _missing(rows: Sequence[_Row], cases: set[str]) -> Iterator[str]:
     if missing:
         yield (
             f"no row for {missing} of the dataset's {len(cases)} cases. See which, `case` being the first "
-            r"column: comm -23 <(ls imagesTr | sed 's/_[0-9]\{4\}\..*//' | sort -u) "
-            r"<(tail -n +2 patients.csv | cut -d, -f1 | sort -u)"
+            r"column: comm -23 <(ls RAW_DATASET/imagesTr | sed 's/_[0-9]\{4\}\..*//' | sort -u) "
+            r"<(tail -n +2 PATIENTS_FILE | tr -d '\r' | cut -d, -f1 | sort -u)"
         )
 
 

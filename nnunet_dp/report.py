@@ -23,7 +23,7 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
     """The plan in words: for the trainers' banner and for the planner's table."""
     budget, plan = section.budget, section.configurations[configuration]
     patches = plan.patches_per_patient
-    batch = f"{plan.sampling_probability:g} x training {budget.unit} slots"
+    batch = f"{plan.sampling_probability:g} of the fold's training units (1: all of them, each step)"
     if units is not None:
         batch = f"{plan.sampling_probability * units:g} = {plan.sampling_probability:g} x {units} slots"
     return [
@@ -59,7 +59,7 @@ def banner(
         *describe(section, configuration, units),
         ("arithmetic", f"forward in {precision}; norms, clip, sum and noise in float32 or better"),
         ("changed", f"batch_dice off (it couples patients); augmentation {augmentation}; no checkpoint_best"),
-        ("charged so far", f"epsilon {spent:.4g} by this run, {total:.4g} by all runs on the dataset"),
+        ("charged so far", f"epsilon {spent:.4g} per {section.budget.unit} by this run, {total:.4g} by all runs"),
         ("LOCAL ONLY", "this folder and any zip of it: the guarantee covers the weights in checkpoint_final.pth"),
         ("another budget", "nnunet-dp plan -d DATASET -c CONFIGURATION --epsilon E, then train with -p"),
     ]

@@ -43,6 +43,7 @@ class RunFolder:
 
     def __init__(self, folder: Path, dataset_ledger: Path, results: Path) -> None:
         self.folder, self.dataset_ledger, self.results = folder, dataset_ledger, results
+        self.archived: str | None = None
 
     def __repr__(self) -> str:
         """The folder's name."""
@@ -95,7 +96,7 @@ class RunFolder:
             )
         run = f"{self.name}/{secrets.token_hex(8)}"
         ledger = Ledger(self.dataset_ledger, run, plan, self.folder / LEDGER, unit, units)
-        self._archive(keep)
+        self.archived = self._archive(keep)
         return ledger
 
     def resume(self, state: dict[str, Any], unit: str = "patient", units: str = FIRST_PREVIOUS) -> Ledger:
@@ -139,15 +140,16 @@ class RunFolder:
     def _charges(self) -> tuple[LedgerEntry, ...]:
         return read_ledger(self.dataset_ledger) if self.dataset_ledger.is_file() else ()
 
-    def _archive(self, keep: Path | None) -> None:
-        """Move an older run's files to ``archive/`` beside the fold (nnU-Net parses every folder named fold_*)."""
+    def _archive(self, keep: Path | None) -> str | None:
+        """Move an older run's files to ``archive/`` beside the fold (nnU-Net parses every fold_*); say where."""
         old = [file for file in self.folder.iterdir() if file.name != _LOCK and file != keep]
         if not any(file.name in (LEDGER, LATEST, FINAL) for file in old):
-            return
+            return None
         target = self.folder.parent / "archive" / f"{self.folder.name}_{secrets.token_hex(4)}"
         target.mkdir(parents=True)
         for file in old:
             shutil.move(str(file), target / file.name)
+        return f"archive/{target.name}"
 
 
 def write_checkpoint(content: dict[str, Any], file: Path) -> None:

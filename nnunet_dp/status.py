@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_dp import TRAINER_NAMES
 from nnunet_dp.accounting import which_accountant
 from nnunet_dp.charges import LedgerEntry, epsilon_of, events_of, steps_done, steps_wasted
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -60,16 +61,17 @@ class Status:
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and value, for a table."""
+        per, state = f"per {self.unit}", "finished" if self.finished else "not finished"
         total = "unknown: the dataset's ledger is not at hand (set nnUNet_preprocessed)"
         if self.epsilon_dataset_total is not None:
-            total = f"epsilon {self.epsilon_dataset_total:.4g} by all runs on this dataset"
+            total = f"epsilon {self.epsilon_dataset_total:.4g} {per} by all runs on this dataset"
         wasted = f", {self.steps_wasted} lost in crashes and charged" if self.steps_wasted else ""
         return [
             ("run", self.run),
-            ("spent", f"epsilon {self.epsilon_spent:.4g} of {self.epsilon_target:g} at delta {self.delta:g}"),
+            ("spent", f"epsilon {self.epsilon_spent:.4g} of {self.epsilon_target:g} at delta {self.delta:g} {per}"),
             ("unit", f"{self.unit} ({self.patients} in the dataset), relation {self.relation}"),
             ("dataset", total),
-            ("steps", f"{self.steps_done} of {self.steps_planned}{wasted}"),
+            ("steps", f"{self.steps_done} of {self.steps_planned}{wasted}; {state}"),
             ("mechanism", f"noise {self.noise_multiplier:.4g}, sampling probability {self.sampling_probability:g}"),
             ("accountant", f"{self.accountant}, {self.entries} ledger lines"),
             ("covers", "; ".join(self.covers)),
@@ -91,12 +93,18 @@ def read_status(folder: Path) -> Status:
             f"expected the folder of a fold, such as nnUNetTrainerDP__nnUNetPlansDP_eps8__3d_fullres/fold_0; "
             f"{folder.name} has no plans.json beside it"
         )
+    trainer = folder.parent.name.split("__")[0]
+    if trainer not in TRAINER_NAMES:
+        raise UsageRefusal(
+            f"{folder.parent.name} was trained by {trainer}, without privacy: nothing is guaranteed, whatever its "
+            "plans are called; train again with -tr nnUNetTrainerDP_AutoS"
+        )
     content = json.loads(plans.read_text())
     section = read_section(content)
     if section is None:
         raise UsageRefusal(f"{folder.parent.name} was not trained with privacy: its plans have no private section")
     configuration = folder.parent.name.rsplit("__", 1)[-1]
-    proved, finished = _charges_proved(folder)  # first the checkpoint, then the copies, then the dataset's ledger: each
+    proved, taken = _proved(folder)  # first the checkpoint, then the copies, then the dataset's ledger: each
     copies = {file: read_copy(file) for file in folder.parent.parent.rglob(LEDGER)}  
     dataset = _dataset_entries(content["dataset_name"])  # holds at least as much as the one before
     if dataset is not None and {entry.hash for lines in copies.values() for entry in lines} - {e.hash for e in dataset}:
@@ -107,7 +115,7 @@ def read_status(folder: Path) -> Status:
             f"the checkpoint in {folder.name} proves at least {proved} charges, found {len(mine)} ledger lines: put "
             f"{LEDGER} back from a backup"
         )
-    return _status(section, configuration, mine, dataset, finished)
+    return _status(section, configuration, mine, dataset, taken)
 
 
 def _run_entries(
@@ -120,12 +128,15 @@ def _run_entries(
     return tuple(entry for entry in known if entry.run == runs[-1]) if runs else ()
 
 
-def _charges_proved(folder: Path) -> tuple[int, bool]:
-    """How many charges the fold's checkpoint knows of at least, and whether the run is finished."""
+def _proved(folder: Path) -> tuple[int, int | None]:
+    """How many charges the fold's checkpoint knows of at least, and the steps taken where the run is finished."""
     final, latest = folder / FINAL, folder / LATEST
     if final.is_file():
-        return int(read_checkpoint(final)["init_args"].get("charges", 1)), True
-    return (int(read_checkpoint(latest)["private"]["step"]) if latest.is_file() else 0), False
+        found = read_checkpoint(final).get("init_args", {})
+        if "charges" not in found:
+            raise Refusal(f"{FINAL} was not written at the end of a private training: finish it with --c")
+        return int(found["charges"]), int(found["steps"])
+    return (int(read_checkpoint(latest)["private"]["step"]) if latest.is_file() else 0), None
 
 
 def _dataset_entries(dataset: str) -> tuple[LedgerEntry, ...] | None:
@@ -139,8 +150,9 @@ def _status(
     configuration: str,
     mine: tuple[LedgerEntry, ...],
     dataset: tuple[LedgerEntry, ...] | None,
-    finished: bool,
+    taken: int | None,
 ) -> Status:
+    """Steps taken come from the finished checkpoint, before that from the ledger: a lost step may never be repeated."""
     plan, budget = configuration_plan(section, configuration), section.budget
     return Status(
         run=mine[-1].run if mine else "no charge yet",
@@ -153,12 +165,12 @@ def _status(
         accountant=which_accountant(events_of(mine), budget.delta),
         covers=section.covers,
         not_covered=tuple(sorted({*NOT_COVERED, *section.not_covered})),
-        steps_done=steps_done(mine),
+        steps_done=steps_done(mine) if taken is None else taken,
         steps_planned=plan.steps,
-        steps_wasted=steps_wasted(mine),
+        steps_wasted=steps_wasted(mine) if taken is None else sum(entry.count for entry in mine) - taken,
         noise_multiplier=plan.noise_multiplier,
         sampling_probability=plan.sampling_probability,
         patients=section.patients,
         entries=len(mine),
-        finished=finished,
+        finished=taken is not None,
     )

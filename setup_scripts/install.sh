@@ -29,3 +29,4 @@ echo "Installing nnunet-dp${extra:+ and what its tests need} (PyTorch is large: 
 .venv/bin/python -m pip install --quiet --upgrade pip
 .venv/bin/python -m pip install --progress-bar on --editable ".${extra:+[$extra]}"
 echo "$wanted" > ".venv/.installed-$extra"
+echo "Installed. Next: . .venv/bin/activate && nnunet-dp link"

@@ -537,16 +537,27 @@ def test_cases_that_were_not_preprocessed_are_refused_by_their_number(data):
     assert "tube_7" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["../evil", "a/b", "plans.json", ""])
+def test_plans_are_never_written_outside_the_dataset(folder, name):
+    with pytest.raises(UsageRefusal, match="without folder"):
+        nnunet.plan_dataset(DATASET, "3d_fullres", 8, output=name)
+
+
+def test_an_epsilon_that_protects_nobody_is_refused(folder):
+    with pytest.raises(UsageRefusal, match="1000"):
+        nnunet.plan_dataset(DATASET, "3d_fullres", 1e9)
+
+
 def test_a_finished_checkpoint_holds_weights_and_neutral_values_only():
     weights = {"conv.weight": torch.ones(2)}
     content = nnunet.final_checkpoint(
-        weights, "nnUNetTrainerDP_AutoS", "2d", 0, (0, 1), run="model/fold_0/1", charges=9
+        weights, "nnUNetTrainerDP_AutoS", "2d", 0, (0, 1), run="model/fold_0/1", charges=9, steps=8
     )
     assert content == {
         "network_weights": weights,
         "trainer_name": "nnUNetTrainerDP_AutoS",
         "inference_allowed_mirroring_axes": (0, 1),
-        "init_args": {"configuration": "2d", "fold": 0, "run": "model/fold_0/1", "charges": 9},
+        "init_args": {"configuration": "2d", "fold": 0, "run": "model/fold_0/1", "charges": 9, "steps": 8},
         "optimizer_state": {},
         "grad_scaler_state": None,
         "logging": {},
@@ -563,7 +574,7 @@ def test_the_predictor_finds_what_it_reads_in_a_finished_checkpoint():
     read = inspect.getsource(nnUNetPredictor.initialize_from_trained_model_folder)
     wanted = {part.split("'")[1] for part in read.split("checkpoint[")[1:]}
     assert wanted >= {"trainer_name", "init_args", "network_weights"}
-    assert wanted <= set(nnunet.final_checkpoint({}, "t", "2d", 0, None, "model/fold_0/1", 9))
+    assert wanted <= set(nnunet.final_checkpoint({}, "t", "2d", 0, None, "model/fold_0/1", 9, 8))
 
 
 def test_a_models_dataset_json_names_no_case():

@@ -90,7 +90,7 @@ def test_steps_that_a_crash_lost_are_wasted_and_stay_spent(fold):
     charge(fold, [0, 1, 2, 1, 2, 3])
     found = read_status(fold)
     assert (found.steps_done, found.steps_wasted, found.entries) == (4, 2, 6)
-    assert dict(found.lines())["steps"] == f"4 of {PLAN.steps}, 2 lost in crashes and charged"
+    assert dict(found.lines())["steps"] == f"4 of {PLAN.steps}, 2 lost in crashes and charged; not finished"
 
 
 def test_only_the_newest_run_of_the_folder_is_reported(fold):
@@ -148,19 +148,19 @@ def test_the_json_holds_the_promised_keys_and_survives_json(fold):
 
 def test_wherever_epsilon_is_printed_delta_and_unit_are_printed_too(fold):
     lines = dict(read_status(fold).lines())
-    assert lines["spent"] == "epsilon 0 of 8 at delta 0.0001"
+    assert lines["spent"] == "epsilon 0 of 8 at delta 0.0001 per patient (inferred)"
     assert lines["unit"] == "patient (inferred) (170 in the dataset), relation zero-out"
 
 
 def test_finished_means_that_the_final_model_is_there(fold):
     charge(fold, [0])
     assert not read_status(fold).finished
-    write_checkpoint({"init_args": {"charges": 1}}, fold / FINAL)
+    write_checkpoint({"init_args": {"charges": 1, "steps": 1}}, fold / FINAL)
     assert read_status(fold).finished
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [(FINAL, {"init_args": {"charges": 4}}), (LATEST, {"private": {"step": 4}})]
+    ("name", "content"), [(FINAL, {"init_args": {"charges": 4, "steps": 4}}), (LATEST, {"private": {"step": 4}})]
 )
 def test_a_checkpoint_that_proves_more_charges_than_there_are_lines_is_refused(fold, name, content):
     charge(fold, range(3))
@@ -192,6 +192,27 @@ def test_a_line_whose_writer_died_in_the_middle_is_left_out(fold):
         assert read_status(fold).entries == 2
 
 
+def test_a_step_that_a_crash_lost_for_good_is_not_called_done(fold):
+    charge(fold, [0, 1, 2, 3])
+    write_checkpoint({"init_args": {"charges": 4, "steps": 3}}, fold / FINAL)
+    found = read_status(fold)
+    assert (found.steps_done, found.steps_wasted) == (3, 1)
+
+
+def test_a_copied_running_checkpoint_is_no_finished_model(fold):
+    charge(fold, [0])
+    write_checkpoint({"private": {"step": 1}}, fold / FINAL)
+    with pytest.raises(Refusal, match="not written at the end"):
+        read_status(fold)
+
+
+def test_a_model_that_nnunet_trained_on_private_plans_is_called_unprotected(fold):
+    plain = fold.parent.with_name(fold.parent.name.replace(fold.parent.name.split("__")[0], "nnUNetTrainer"))
+    fold.parent.rename(plain)
+    with pytest.raises(UsageRefusal, match="without privacy"):
+        read_status(plain / fold.name)
+
+
 @pytest.mark.parametrize("wrong", ["no plans", "no fold", "no privacy"])
 def test_a_folder_without_a_private_training_is_refused(fold, wrong):
     if wrong == "no plans":
@@ -204,7 +225,7 @@ def test_a_folder_without_a_private_training_is_refused(fold, wrong):
 
 def test_a_model_whose_own_lines_are_gone_is_not_reported_as_free(fold, monkeypatch):
     charge(fold, range(3), run=f"{fold.parent.name}/fold_0/1")
-    write_checkpoint({"init_args": {"charges": 3}}, fold / FINAL)
+    write_checkpoint({"init_args": {"charges": 3, "steps": 3}}, fold / FINAL)
     (fold / LEDGER).unlink()
     assert read_status(fold).entries == 3
     monkeypatch.delenv("nnUNet_preprocessed")

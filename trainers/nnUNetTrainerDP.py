@@ -55,6 +55,11 @@ def _refuse_cleanly(method):
                 raise
             print(f"\nnnunet_dp refuses: {refusal}", file=sys.stderr, flush=True)
             raise SystemExit(refusal.exit_code) from None
+        except KeyboardInterrupt:
+            if not nnunet.calling_options().from_command_line:
+                raise
+            print("\nStopped. What was charged stays charged; the same command with --c goes on.", file=sys.stderr)
+            raise SystemExit(130) from None
 
     return wrapper
 
@@ -264,6 +269,10 @@ class nnUNetTrainerDP(nnUNetTrainer):
             ledger = run.resume(self._resume, unit, units)
         else:
             ledger = run.start(plan.digest(), self.continuing, Path(self.log_file), unit, units)
+        if run.archived:
+            self.print_to_log_file(
+                f"An older model of this fold was moved to {run.archived}; its charges stay (--c would have gone on)."
+            )
         schedule = self.private_plan.schedule(self.clip_rule)
         execution = Execution(self.device, autocast=self._autocast)
         self.private = PrivateTraining(self.network, self.loss, plan, schedule, execution, ledger)
@@ -375,7 +384,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
             + (f" ({lost} charged steps were lost in crashes)" if lost else "")
             + f", epsilon {self._spent():.4g} of {self.section.budget.epsilon:g} at delta "
             f"{self.section.budget.delta:g} per {self.section.budget.unit}; dataset in total "
-            f"{self._spent(whole_dataset=True):.4g}"
+            f"{self._spent(whole_dataset=True):.4g}. Next: nnUNetv2_predict -d {self.plans_manager.dataset_name} "
+            f"-c {self.configuration_name} -f {self.fold} -tr {type(self).__name__} -p {self.plans_manager.plans_name} "
+            f"-i IMAGES -o OUT; nnunet-dp status {self.output_folder}"
         )
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -385,7 +396,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         weights = self._module().state_dict()
         content = nnunet.final_checkpoint(
             weights, type(self).__name__, self.configuration_name, self.fold, self.inference_allowed_mirroring_axes,
-            self.private.ledger.run, self.private.charged,
+            self.private.ledger.run, self.private.charged, self.private.step,
         )  # fmt: skip
         write_checkpoint(content, Path(filename))
 
