@@ -433,7 +433,8 @@ def calling_options() -> CallingOptions:
     """The flags of the ``run_training`` call that made this trainer, read from its stack frame."""
     frame, found, command_line = inspect.currentframe(), None, False
     while frame is not None:
-        if frame.f_globals.get("__name__") == "nnunetv2.run.run_training":
+        spec = frame.f_globals.get("__spec__")  # under `python -m` the module's name is __main__
+        if "nnunetv2.run.run_training" in (frame.f_globals.get("__name__"), getattr(spec, "name", None)):
             if frame.f_code.co_name == "run_training":
                 found = {k: frame.f_locals[k] for k in inspect.signature(CallingOptions).parameters
                          if k in frame.f_locals}
