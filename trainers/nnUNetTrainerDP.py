@@ -425,6 +425,11 @@ class nnUNetTrainerDP(nnUNetTrainer):
         else:
             raise Refusal("the checkpoint was not written by this trainer: it cannot be continued privately")
 
+    @_refuse_cleanly
+    def perform_actual_validation(self, save_probabilities=False):
+        """nnU-Net's own; a refusal under ``--val`` (a changed patients file, say) ends without a traceback."""
+        super().perform_actual_validation(save_probabilities)
+
     def print_to_log_file(self, *args, also_print_to_console=True, add_timestamp=True):
         """As nnU-Net's, without the case names that its validation prints."""
         text = str(args[0]) if args else ""
