@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from nnunet_dp.replacing import sync_folder
+
 
 @contextmanager
 def locked_for_writing(path: Path) -> Iterator[int]:
@@ -21,7 +23,7 @@ def locked_for_writing(path: Path) -> Iterator[int]:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_size == 0:
-            _sync_folder(path)
+            sync_folder(path)
         yield descriptor
     finally:
         os.close(descriptor)  # releases the lock
@@ -39,15 +41,6 @@ def locked_for_reading(path: Path) -> Iterator[int | None]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _sync_folder(path: Path) -> None:
-    """A new file's name is on disk only when its folder is."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def read_range(descriptor: int | None, start: int, end: int) -> bytes:

@@ -73,16 +73,20 @@ class PrivacyPlan:
             return GaussianWithCount(self.noise_multiplier, count_noise, self.sampling_probability)
         return SubsampledGaussian(self.noise_multiplier, self.sampling_probability)
 
+    @property
+    def epsilon(self) -> float:
+        """What all planned releases cost together."""
+        return epsilon([self.mechanism.event] * self.steps, self.budget.delta)
+
     def verify(self) -> None:
         """Refuse a schedule that costs more than its budget (a plan edited by hand, say).
 
         Raises:
             BudgetRefusal: with both numbers.
         """
-        spent = epsilon([self.mechanism.event] * self.steps, self.budget.delta)
-        if spent > self.budget.epsilon:
+        if self.epsilon > self.budget.epsilon:
             raise BudgetRefusal(
-                f"this plan would spend epsilon {spent:.4g} at delta {self.budget.delta:g}, its target is "
+                f"this plan would spend epsilon {self.epsilon:.4g} at delta {self.budget.delta:g}, its target is "
                 f"{self.budget.epsilon:g}: make it again with `nnunet-dp plan ... --overwrite`"
             )
 
@@ -164,7 +168,7 @@ class PrivateTraining:
     @property
     def charged(self) -> int:
         """Steps charged to this run, those lost in a crash included."""
-        return sum(entry.count for entry in self.ledger.entries_of(self.ledger.run))
+        return sum(entry.count for entry in self.ledger.own_entries)
 
     @property
     def finished(self) -> bool:
@@ -191,7 +195,7 @@ class PrivateTraining:
         self._descend(mechanism.release(clipped, receipt, fresh_generator(self.execution.device)))
 
     def _refuse_beyond_budget(self) -> None:
-        if any(entry.unit_event != self.plan.mechanism.event for entry in self.ledger.entries_of(self.ledger.run)):
+        if any(entry.unit_event != self.plan.mechanism.event for entry in self.ledger.own_entries):
             raise Refusal("the ledger holds charges of this run that its plan does not know: start a new run")
         if self.charged >= self.plan.steps:
             raise BudgetRefusal(f"all {self.plan.steps} planned releases are charged: the budget is spent")
@@ -282,8 +286,7 @@ class PrivateTraining:
         if state["data"] != data:
             raise Refusal("the dataset, its split or its patients changed since the checkpoint: start without --c")
         self.ledger.verify_contains(state["ledger_sequence"], state["ledger_head"])
-        mine = self.ledger.entries_of(self.ledger.run)
-        later = [entry for entry in mine if entry.sequence > state["ledger_sequence"]]
+        later = [entry for entry in self.ledger.own_entries if entry.sequence > state["ledger_sequence"]]
         if any(entry.checkpoint != state["id"] for entry in later):
             raise Refusal(
                 "this run was already continued from a later checkpoint (two continuations of one checkpoint): "

@@ -158,6 +158,11 @@ class Ledger:
         return tuple(entry for entry in self.entries if entry.run == run)
 
     @property
+    def own_entries(self) -> tuple[LedgerEntry, ...]:
+        """The lines of this run."""
+        return self.entries_of(self.run)
+
+    @property
     def head(self) -> tuple[int, str]:
         """Sequence number and hash of the newest line known here; (0, zeros) for none. For the checkpoint."""
         return (self._entries[-1].sequence, self._entries[-1].hash) if self._entries else (0, FIRST_PREVIOUS)

@@ -34,6 +34,7 @@ from pathlib import Path
 
 from nnunet_dp import TRAINER_NAMES, __version__
 from nnunet_dp.errors import Refusal
+from nnunet_dp.replacing import replacing
 
 MARKER = "# Written by `nnunet-dp link`"
 """How a file that we wrote, and may therefore replace or delete, begins."""
@@ -91,7 +92,8 @@ def link(folder: Path | None = None) -> Path:
     if shim.exists() and _own_text(shim) == shim_text():
         return shim
     try:
-        _replace(shim, shim_text())
+        with replacing(shim) as stream:  # a training that starts meanwhile never imports half a file
+            stream.write(shim_text().encode())
     except OSError as error:
         raise _read_only(shim.parent) from error
     return shim
@@ -174,16 +176,6 @@ def _own_text(shim: Path) -> str:
             "move it away and type again: nnunet-dp link"
         )
     return text
-
-
-def _replace(shim: Path, text: str) -> None:
-    """Writes beside, then renames: a training that starts meanwhile never imports half a file."""
-    partial = shim.with_name(shim.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, shim)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _read_only(folder: Path) -> Refusal:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +23,13 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_dp.accounting import PrivacyBudget, default_delta, epsilon
+from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
-from nnunet_dp.patients import Patients, cases_as_units, digest, read_patients, write_canonical
+from nnunet_dp.patients import Patients, canonical_digest, cases_as_units, digest, read_patients, write_canonical
 from nnunet_dp.planning import NOT_COVERED, Compute, ConfigurationPlan, PrivacySection, plan_configuration
 from nnunet_dp.plans import (
+    SECTION,
     for_one_configuration,
     plans_name,
     read_section,
@@ -38,9 +38,9 @@ from nnunet_dp.plans import (
     write_json,
 )
 from nnunet_dp.report import describe
+from nnunet_dp.run import LEDGER
 from nnunet_dp.splits import Splits, check_splits, make_splits
 
-LEDGER = "privacy_ledger.jsonl"
 PATIENTS = "patients.csv"
 SPLITS = "splits_final.json"
 DEFAULT_EPSILON = 8.0
@@ -124,15 +124,11 @@ def _held_out(folder: Path) -> set[str]:
 
 
 def _keep_patients(patients: Patients, kept: Path, replace: bool) -> None:
-    fresh = kept.with_name(PATIENTS + ".new")
-    try:
-        changed = write_canonical(patients, fresh) != (digest(kept) if kept.is_file() else None)
-        if changed and kept.is_file() and not replace:
-            raise UsageRefusal(f"{PATIENTS} in {kept.parent.name} groups cases differently: give --overwrite")
-        if changed:
-            os.replace(fresh, kept)
-    finally:
-        fresh.unlink(missing_ok=True)
+    if kept.is_file() and digest(kept) == canonical_digest(patients):
+        return
+    if kept.is_file() and not replace:
+        raise UsageRefusal(f"{PATIENTS} in {kept.parent.name} groups cases differently: give --overwrite")
+    write_canonical(patients, kept)
 
 
 def find_splits(folder: Path, patients: Patients) -> Splits:
@@ -313,7 +309,7 @@ def _merge_into(
             for other, plan in before.configurations.items():
                 if other != configuration:
                     private["configurations"][other] = old["configurations"][other]
-                    private["differential_privacy"]["configurations"][other] = plan.model_dump(mode="json")
+                    private[SECTION]["configurations"][other] = plan.model_dump(mode="json")
     write_json(private, file)
     return True
 
@@ -331,8 +327,7 @@ def _read_plans(folder: Path, plans: str) -> dict[str, Any]:
 
 def _planned_epsilon(section: PrivacySection, configuration: str) -> float:
     plan: ConfigurationPlan = section.configurations[configuration]
-    mechanism = plan.privacy_plan(section.budget, "flat", 1).mechanism
-    return epsilon([mechanism.event] * plan.steps, section.budget.delta)
+    return plan.privacy_plan(section.budget, "flat", 1).epsilon
 
 
 def count_parameters(

@@ -31,8 +31,6 @@ import csv
 import hashlib
 import io
 import json
-import os
-import secrets
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.replacing import replacing
 
 _INFERRED = " (inferred)"
 _RESERVED_COLUMNS = ("case", "source", "patient_source")
@@ -174,8 +173,14 @@ def write_canonical(patients: Patients, file: Path) -> str:
         raise PatientsFileError(
             f"{file} should read back as the table it was written from; it does not. Use read_patients."
         )
-    _replace(file, content)
+    with replacing(file) as stream:
+        stream.write(content)
     return hashlib.sha256(content).hexdigest()
+
+
+def canonical_digest(patients: Patients) -> str:
+    """Return the digest that the table's canonical copy has, in hex."""
+    return hashlib.sha256(_render(patients).encode()).hexdigest()
 
 
 def digest(file: Path) -> str:
@@ -346,22 +351,3 @@ def _render(patients: Patients) -> str:
     writer.writerow(("case", patients.column, *source))
     writer.writerows((case, patient, *value) for case, patient in sorted(patients.case_to_patient.items()))
     return text.getvalue()
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Put the content under the name at once, or not at all, and wait until the disk has it."""
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}.tmp")
-    try:
-        with temporary.open("xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":  # a rename is durable only when its folder is synced
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)

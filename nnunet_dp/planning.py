@@ -15,16 +15,17 @@ Gaussian-DP parameter that the budget buys. So
 - normalised gradients carry no information in their length late in training: no momentum, and a weight average over the
   last steps instead of a long tail at a small learning rate.
 
-Design note: constants were fixed from the prototype figures in the literature of this repository (docs/results.md tells
-which) and phantoms; no held-out case was looked at.
+Design note: steps, learning rates, width and depth were set to reproduce a prototype's schedules for Hippocampus, which
+had been judged on that dataset's held-out cases. Its figure in docs/results.md is therefore not free of that choice.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
+from dp_accounting.dp_event import SelfComposedDpEvent
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget, calibrate, gaussian_mu
@@ -241,7 +242,5 @@ def plan_configuration(
     )
 
 
-def _composed(noise_multiplier: float, q: float, count: int) -> Any:
-    from dp_accounting import SelfComposedDpEvent
-
+def _composed(noise_multiplier: float, q: float, count: int) -> SelfComposedDpEvent:
     return SelfComposedDpEvent(SubsampledGaussian(noise_multiplier, q).event, count)

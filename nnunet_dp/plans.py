@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from pydantic import ValidationError
 
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.planning import ConfigurationPlan, PrivacySection
+from nnunet_dp.replacing import replacing
 
 SECTION = "differential_privacy"
 _PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
@@ -114,10 +114,6 @@ def configuration_plan(section: PrivacySection, configuration: str) -> Configura
 
 
 def write_json(content: Any, file: Path) -> None:
-    """Write JSON whole or not at all: temporary file, fsync, rename."""
-    temporary = file.with_name(file.name + ".writing")
-    with open(temporary, "w", encoding="utf-8") as stream:
-        json.dump(content, stream, indent=4)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    """Write JSON whole or not at all."""
+    with replacing(file) as stream:
+        stream.write(json.dumps(content, indent=4).encode())

@@ -23,6 +23,7 @@ import torch
 from nnunet_dp.charges import FIRST_PREVIOUS, LedgerEntry
 from nnunet_dp.errors import Refusal
 from nnunet_dp.ledger import Ledger, read_ledger
+from nnunet_dp.replacing import replacing
 
 LEDGER = "privacy_ledger.jsonl"
 LATEST = "checkpoint_latest.pth"
@@ -153,18 +154,11 @@ class RunFolder:
 
 
 def write_checkpoint(content: dict[str, Any], file: Path) -> None:
-    """Write a checkpoint whole or not at all: temporary file, fsync, rename, fsync of the folder."""
-    temporary = file.with_name(file.name + ".writing")
-    with open(temporary, "wb") as stream:
+    """Write a checkpoint whole or not at all; whoever holds the folder's lock also clears what a killed writer left."""
+    for left in file.parent.glob(f".{file.name}.*.tmp"):
+        left.unlink()
+    with replacing(file) as stream:
         torch.save(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
-    directory = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

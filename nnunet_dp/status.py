@@ -104,9 +104,10 @@ def read_status(folder: Path) -> Status:
     if section is None:
         raise UsageRefusal(f"{folder.parent.name} was not trained with privacy: its plans have no private section")
     configuration = folder.parent.name.rsplit("__", 1)[-1]
-    proved, taken = _proved(folder)  # first the checkpoint, then the copies, then the dataset's ledger: each
-    copies = {file: read_copy(file) for file in folder.parent.parent.rglob(LEDGER)}  
-    dataset = _dataset_entries(content["dataset_name"])  # holds at least as much as the one before
+    # Read in the order in which a running training is behind: checkpoint, copies, dataset's ledger.
+    proved, taken = _proved(folder)
+    copies = {file: read_copy(file) for file in folder.parent.parent.rglob(LEDGER)}
+    dataset = _dataset_entries(content["dataset_name"])
     if dataset is not None and {entry.hash for lines in copies.values() for entry in lines} - {e.hash for e in dataset}:
         raise Refusal(f"charges in a model folder are missing from the dataset's {LEDGER}: put it back from a backup")
     mine = _run_entries(folder, copies.get(copy, ()), dataset)

@@ -11,36 +11,20 @@ from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_lo
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from ordinary_plans import architecture
 from references import clipped_sum_by_loop
 
 from nnunet_dp.clipping import RULE_NAMES, SAFETY, make_rule
 from nnunet_dp.gradients import Record, one_at_a_time, trainable
 
-UNETS = "dynamic_network_architectures.architectures.unet."
-
 
 def network(kind: str, dimension: int):
-    """nnU-Net's own network with two stages and deep supervision, in float64."""
+    """nnU-Net's own network with three stages and deep supervision, in float64."""
     torch.manual_seed(0)
-    blocks = {"n_conv_per_stage": [1, 1, 1]} if kind == "PlainConvUNet" else {"n_blocks_per_stage": [1, 1, 1]}
-    arguments = {
-        "n_stages": 3,
-        "features_per_stage": [4, 8, 8],
-        "conv_op": f"torch.nn.modules.conv.Conv{dimension}d",
-        "kernel_sizes": [[3] * dimension] * 3,
-        "strides": [[1] * dimension, [2] * dimension, [2] * dimension],
-        "n_conv_per_stage_decoder": [1, 1],
-        "conv_bias": True,
-        "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dimension}d",
-        "norm_op_kwargs": {"eps": 1e-5, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-        **blocks,
-    }
-    imports = ["conv_op", "norm_op", "dropout_op", "nonlin"]
-    return get_network_from_plans(UNETS + kind, arguments, imports, 2, 3, deep_supervision=True).double()
+    entry = architecture(dimension, 3, kind)
+    entry["arch_kwargs"]["features_per_stage"] = [4, 8, 8]
+    name, arguments, imports = entry.values()
+    return get_network_from_plans(name, arguments, imports, 2, 3, deep_supervision=True).double()
 
 
 def nnunet_loss(ignore: bool = False):

@@ -196,7 +196,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch, fai
         raise OSError(28, "No space left on device")
 
     if failure == "disk":
-        monkeypatch.setattr("nnunet_dp.plans.os.fsync", full_disk)
+        monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises((TypeError, OSError)):
         write_json({"a": 2, "b": object() if failure == "content" else 0}, tmp_path / "plans.json")
     assert json.loads((tmp_path / "plans.json").read_text()) == {"a": 1}

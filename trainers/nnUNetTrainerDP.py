@@ -100,10 +100,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
             self.enable_deep_supervision = False  # nnU-Net gives the last output no weight: with one, 0 / 0
         self.initial_lr = self.private_plan.clip_rules[self.clip_rule].learning_rate
         self.weight_decay = 0.0
-        self.steps_per_epoch = max(1, self.private_plan.steps // 20)  # an epoch is at most 5 % of the steps
-        self.num_iterations_per_epoch = self.steps_per_epoch
+        self.num_iterations_per_epoch = max(1, self.private_plan.steps // 20)  # an epoch is at most 5 % of the steps
         self.num_val_iterations_per_epoch = self.validation_batches
-        self.num_epochs = math.ceil(self.private_plan.steps / self.steps_per_epoch)
+        self.num_epochs = math.ceil(self.private_plan.steps / self.num_iterations_per_epoch)
         self.private: PrivateTraining | None = None
         self._resume: dict | None = None
         self._only_weights = False
@@ -301,7 +300,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
 
     def _spent(self, whole_dataset=False):
         ledger = self.private.ledger
-        entries = ledger.entries if whole_dataset else ledger.entries_of(ledger.run)
+        entries = ledger.entries if whole_dataset else ledger.own_entries
         return epsilon_of(entries, self.section.budget.delta)
 
     @_refuse_cleanly
@@ -315,7 +314,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
             self.on_epoch_start()
             self.on_train_epoch_start()
             outputs = []
-            for _ in range(self.steps_per_epoch):
+            for _ in range(self.num_iterations_per_epoch):
                 if not self.private.finished:
                     outputs.append(self.train_step({}))
             self.on_train_epoch_end(outputs)
@@ -370,8 +369,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self._save_latest()
         if self.private.finished or self.current_epoch % 5 == 0:
             self.logger.plot_progress_png(self.output_folder)
-            ledger = self.private.ledger
-            plot_spending(ledger.entries_of(ledger.run), budget, Path(self.output_folder) / "privacy_spent.png")
+            plot_spending(self.private.ledger.own_entries, budget, Path(self.output_folder) / "privacy_spent.png")
 
     def on_train_end(self):
         """Release the averaged weights; the running state stays in ``checkpoint_latest.pth``."""
