@@ -162,9 +162,7 @@ def phantom_command(
     kind: Annotated[str, typer.Option(help="hippocampus (3D, two classes) or lesion (2D RGB).")],
     patients: Annotated[int, typer.Option(min=1, help="Training patients; some have two cases.")],
     seed: Annotated[int, typer.Option(help="The same seed draws the same data.")],
-    dataset_id: Annotated[
-        int | None, typer.Option("--id", min=1, max=999, help="nnU-Net's dataset number.")
-    ] = None,
+    dataset_id: Annotated[int | None, typer.Option("--id", min=1, max=999, help="nnU-Net's dataset number.")] = None,
     test_patients: Annotated[int, typer.Option(min=0, help="Further patients, held out for testing.")] = 0,
     shape: Annotated[str | None, typer.Option(help="Voxels along each axis, such as 20,24,20.")] = None,
 ) -> None:
@@ -206,12 +204,8 @@ def plan_command(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="CSV of case,patient. Default: the raw data's own."),
     ] = None,
-    patient_column: Annotated[
-        str | None, typer.Option(help="Column that names the unit. Default: patient.")
-    ] = None,
-    plans: Annotated[
-        str, typer.Option("-p", "--plans", help="nnU-Net's plans to start from.")
-    ] = "nnUNetPlans",
+    patient_column: Annotated[str | None, typer.Option(help="Column that names the unit. Default: patient.")] = None,
+    plans: Annotated[str, typer.Option("-p", "--plans", help="nnU-Net's plans to start from.")] = "nnUNetPlans",
     output: Annotated[
         str | None,
         typer.Option("-o", "--output", help="The new plans' name. Default: <plans>DP_eps<epsilon>."),
@@ -221,6 +215,11 @@ def plan_command(
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Declare this file public for -pretrained_weights."),
     ] = None,
+    morphology_share: Annotated[
+        float | None,
+        typer.Option(help="Share of the budget (of mu^2) for learning how to refine. Default: 0.04."),
+    ] = None,
+    no_morphology: Annotated[bool, typer.Option("--no-morph", help="All of the budget to the training.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that differs.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -247,6 +246,7 @@ def plan_command(
         output=output,
         compute=compute.value,
         public_weights=public_weights,
+        morphology_share=_morphology_share(morphology_share, no_morphology),
         overwrite=overwrite,
     )
     _show(report, as_json)
@@ -278,6 +278,14 @@ def status_command(
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _morphology_share(share: float | None, none: bool) -> float:
+    from nnunet_dp.planning import MORPHOLOGY_SHARE
+
+    if none and share:
+        raise UsageRefusal("--no-morph and --morphology-share contradict each other: give one of them")
+    return 0.0 if none else MORPHOLOGY_SHARE if share is None else share
 
 
 def _parse_shape(text: str | None) -> tuple[int, ...] | None:

@@ -27,9 +27,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from dp_accounting.dp_event import SelfComposedDpEvent
 from torch import Tensor, nn
 
 from nnunet_dp.accounting import PrivacyBudget, epsilon
+from nnunet_dp.charges import MORPHOLOGY, TRAINING, LedgerEntry
 from nnunet_dp.clipping import ClipRule, QuantileAdaptive
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.gradients import Engine, Record, one_at_a_time, trainable
@@ -51,6 +53,7 @@ class PrivacyPlan:
         noise_multiplier: noise standard deviation divided by the clip rule's bound.
         units: public number of training slots.
         rule: clip rule of the first step.
+        morphology_noise: noise multiplier of the one release that refinement learns from, or None for no release.
     """
 
     budget: PrivacyBudget
@@ -59,6 +62,7 @@ class PrivacyPlan:
     noise_multiplier: float
     units: int
     rule: ClipRule
+    morphology_noise: float | None = None
 
     @property
     def expected_batch(self) -> float:
@@ -74,9 +78,15 @@ class PrivacyPlan:
         return SubsampledGaussian(self.noise_multiplier, self.sampling_probability)
 
     @property
+    def morphology(self) -> SubsampledGaussian | None:
+        """The mechanism of the release that refinement learns from."""
+        return None if self.morphology_noise is None else SubsampledGaussian(self.morphology_noise)
+
+    @property
     def epsilon(self) -> float:
         """What all planned releases cost together."""
-        return epsilon([self.mechanism.event] * self.steps, self.budget.delta)
+        extra = [self.morphology.event] if self.morphology else []
+        return epsilon([SelfComposedDpEvent(self.mechanism.event, self.steps), *extra], self.budget.delta)
 
     def verify(self) -> None:
         """Refuse a schedule that costs more than its budget (a plan edited by hand, say).
@@ -168,7 +178,7 @@ class PrivateTraining:
     @property
     def charged(self) -> int:
         """Steps charged to this run, those lost in a crash included."""
-        return sum(entry.count for entry in self.ledger.own_entries)
+        return sum(entry.count for entry in self._own(TRAINING))
 
     @property
     def finished(self) -> bool:
@@ -187,7 +197,7 @@ class PrivateTraining:
         """
         self._refuse_beyond_budget()
         mechanism = self.plan.mechanism
-        receipt = self.ledger.charge(mechanism.charge("training", self.step), self.checkpoint)
+        receipt = self.ledger.charge(mechanism.charge(TRAINING, self.step), self.checkpoint)
         drawn = poisson_draw(self.plan.units, self.plan.sampling_probability, fresh_generator("cpu"))
         clipped = self.execution.engine(
             self.network, self.loss, records_of(self.step, drawn), self.rule, self.execution.autocast, watch
@@ -195,10 +205,16 @@ class PrivateTraining:
         self._descend(mechanism.release(clipped, receipt, fresh_generator(self.execution.device)))
 
     def _refuse_beyond_budget(self) -> None:
-        if any(entry.unit_event != self.plan.mechanism.event for entry in self.ledger.own_entries):
+        learning = [self.plan.morphology.event] if self.plan.morphology else []
+        strange = [entry for entry in self._own(TRAINING) if entry.unit_event != self.plan.mechanism.event]
+        learnt = [entry.event for entry in self._own(MORPHOLOGY)]
+        if strange or learnt not in ([], learning) or len(self._own(TRAINING, MORPHOLOGY)) < len(self._own()):
             raise Refusal("the ledger holds charges of this run that its plan does not know: start a new run")
         if self.charged >= self.plan.steps:
             raise BudgetRefusal(f"all {self.plan.steps} planned releases are charged: the budget is spent")
+
+    def _own(self, *purposes: str) -> list[LedgerEntry]:
+        return [entry for entry in self.ledger.own_entries if not purposes or entry.purpose in purposes]
 
     def _descend(self, noised: NoisedSum) -> None:
         """Post-processing: mean by public numbers, optimizer step, threshold, weight average."""
@@ -223,8 +239,7 @@ class PrivateTraining:
         """State dict of the network with the averaged weights in place of the raw ones."""
         state = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
         by_identity = {
-            parameter.data_ptr(): mean
-            for parameter, mean in zip(trainable(self.network)[1], self.average, strict=True)
+            parameter.data_ptr(): mean for parameter, mean in zip(trainable(self.network)[1], self.average, strict=True)
         }
         for name, tensor in self.network.state_dict().items():  # one parameter may stand under several names
             if tensor.data_ptr() in by_identity:

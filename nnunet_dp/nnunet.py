@@ -27,7 +27,14 @@ from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
 from nnunet_dp.patients import Patients, canonical_digest, cases_as_units, digest, read_patients, write_canonical
-from nnunet_dp.planning import NOT_COVERED, Compute, ConfigurationPlan, PrivacySection, plan_configuration
+from nnunet_dp.planning import (
+    MORPHOLOGY_SHARE,
+    NOT_COVERED,
+    Compute,
+    ConfigurationPlan,
+    PrivacySection,
+    plan_configuration,
+)
 from nnunet_dp.plans import (
     SECTION,
     for_one_configuration,
@@ -198,6 +205,7 @@ def plan_dataset(
     output: str | None = None,
     compute: Compute = "full",
     public_weights: Path | None = None,
+    morphology_share: float = MORPHOLOGY_SHARE,
     overwrite: bool = False,
 ) -> PlanReport:
     """Write private plans beside nnU-Net's; a pure function of the budget and public facts.
@@ -223,7 +231,9 @@ def plan_dataset(
         raise UsageRefusal(f"delta should be below 1 / {patients.number} {patients.unit}s, found {delta:g}: try 1e-5")
     budget = PrivacyBudget(epsilon=epsilon, delta=delta, unit=patients.unit)
     dataset_json = json.loads((folder / "dataset.json").read_text())
-    private, section = _private(source, configuration, dataset_json, folder, patients, budget, compute, public_weights)
+    private, section = _private(
+        source, configuration, dataset_json, folder, patients, budget, compute, public_weights, morphology_share
+    )
     name = output or plans_name(plans, epsilon)
     file = folder / f"{name}.json"
     private["plans_name"] = name
@@ -257,6 +267,7 @@ def _private(
     budget: PrivacyBudget,
     compute: Compute,
     public_weights: Path | None,
+    morphology_share: float = MORPHOLOGY_SHARE,
 ) -> tuple[dict[str, Any], PrivacySection]:
     manager = PlansManager(source).get_configuration(configuration)
     architecture = manager.configuration["architecture"]
@@ -268,6 +279,7 @@ def _private(
         lambda features: count_parameters(source, configuration, dataset_json, features),
         compute,
         tuple(round(edge) for edge in source.get("original_median_shape_after_transp", ())),
+        morphology_share,
     )
     kept = folder / PATIENTS
     section = PrivacySection(
@@ -431,8 +443,9 @@ def calling_options() -> CallingOptions:
         spec = frame.f_globals.get("__spec__")  # under `python -m` the module's name is __main__
         if "nnunetv2.run.run_training" in (frame.f_globals.get("__name__"), getattr(spec, "name", None)):
             if frame.f_code.co_name == "run_training":
-                found = {k: frame.f_locals[k] for k in inspect.signature(CallingOptions).parameters
-                         if k in frame.f_locals}
+                found = {
+                    k: frame.f_locals[k] for k in inspect.signature(CallingOptions).parameters if k in frame.f_locals
+                }
             command_line |= frame.f_code.co_name == "run_training_entry"
         frame = frame.f_back
     return CallingOptions(**{**(found or {}), "from_command_line": command_line})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerEntry, epsilon_of
-from nnunet_dp.planning import PrivacySection
+from nnunet_dp.planning import MorphologyPlan, PrivacySection
 
 _CASE_NOTE = (
     "no patients.csv says whose case each case is, so the unit is one case; a patient with several cases is protected "
@@ -32,11 +32,18 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
         ("steps", f"{plan.steps} (schedule {plan.compute}); patches of a unit averaged in a step: {patches}"),
         ("expected batch", batch),
         ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
+        ("morphology", _learning(plan.morphology)),
         ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
         ("covers", "; ".join(section.covers)),
         ("NOT covered", "; ".join(section.not_covered)),
         *([("NOTE", _CASE_NOTE)] if budget.unit == "case" else []),
     ]
+
+
+def _learning(plan: MorphologyPlan | None) -> str:
+    if plan is None:
+        return "nothing is learnt for refinement; all of the budget goes to the training"
+    return f"{plan.share:.0%} of the budget (as mu^2) for one release, noise multiplier {plan.noise_multiplier:.4g}"
 
 
 def banner(
