@@ -15,10 +15,13 @@ __version__ = "0.1.0"
 TRAINER_NAMES: tuple[str, ...] = (
     "nnUNetTrainerDP",
     "nnUNetTrainerDP_AutoS",
+    "nnUNetTrainerDP_AutoS_Morph",
+    "nnUNetTrainerDP_AutoS_MorphAdaptive",
+    "nnUNetTrainerDP_AutoS_MorphTrainingOnly",
     "nnUNetTrainerDP_AutoV",
     "nnUNetTrainerDP_NSGD",
     "nnUNetTrainerDP_PSAC",
     "nnUNetTrainerDP_Quantile",
     "nnUNetTrainerDP_PerLayer",
 )
-"""Class names that ``-tr`` accepts: one per clip rule, the plain name clips flat."""
+"""Class names that ``-tr`` accepts: one per clip rule, the plain name clips flat; Morph refines inside the network."""

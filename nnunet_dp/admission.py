@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from nnunet_dp.errors import Refusal
+from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 
 _SAFE_TORCH = frozenset(
     "Conv1d Conv2d Conv3d ConvTranspose1d ConvTranspose2d ConvTranspose3d Linear Identity Sequential ModuleList "
@@ -36,7 +37,9 @@ def refuse_coupling(network: nn.Module) -> None:
         known = (home.startswith("torch.nn.") and kind in _SAFE_TORCH) or (
             home.startswith("dynamic_network_architectures.") and kind in _SAFE_BLOCKS
         )
-        if not known:
+        if not known and type(module) not in (SoftMorphology, MorphedNetwork):
             raise Refusal(f"module {home}.{kind} at '{name}' was never examined for privacy: use nnU-Net's U-Nets")
-    for name, _ in network.named_buffers():
+    morphed = (module for module in network.modules() if type(module) is SoftMorphology)
+    examined = {id(buffer) for module in morphed for buffer in module.buffers()}
+    for name in (name for name, buffer in network.named_buffers() if id(buffer) not in examined):
         raise Refusal(f"the network keeps a buffer '{name}', which would be released without noise")

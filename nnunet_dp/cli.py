@@ -8,6 +8,9 @@ env        :func:`nnunet_dp.link.external_trainer_export`   one line for the she
 phantom    :func:`nnunet_dp.phantoms.write_dataset`         the folder and what to type next
 plan       :func:`nnunet_dp.nnunet.plan_dataset`            the plan as a table or as JSON
 status     :func:`nnunet_dp.status.read_status`             what was spent, as a table or as JSON
+morph      :mod:`nnunet_dp.learning`, ``refined_folder``    the rules, or how many files were refined
+predict    :func:`nnunet_dp.refined_folder.predict`         nnU-Net's output, and what was refined
+evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with intervals
 =========  ===============================================  =====================================
 
 Exit codes: 0 ok, 1 a check failed, 2 usage, 3 the budget refuses, 130 interrupted. Expected errors are one
@@ -46,7 +49,9 @@ _WORKFLOW = """Patient-level differentially private training for nnU-Net v2.
   nnUNetv2_plan_and_preprocess -d 4 -c 3d_fullres          as always
   nnunet-dp plan -d 4 -c 3d_fullres --epsilon 8            the privacy plan
   nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
+  nnunet-dp predict -d 4 -c 3d_fullres -f 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8 -i IMAGES -o OUT
 
+predict is nnUNetv2_predict followed by DP-Morph, the refinement that the training learnt within its budget.
 Then `nnunet-dp status FOLD_FOLDER` tells what was spent. No data at hand? `nnunet-dp phantom` makes some.
 """
 
@@ -274,6 +279,176 @@ def status_command(
     from nnunet_dp.status import read_status
 
     _show(read_status(fold_folder), as_json)
+
+
+morph = typer.Typer(
+    help="""DP-Morph: morphology that is learnt privately per class, and applied to predictions for free.
+
+    A private training learns its rules by itself, once, from a share of its budget that the plan reserves; they lie in
+    MODEL/morphology.json, and `nnunet-dp predict` applies them.
+    """,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(morph, name="morph")
+
+
+@morph.command("learn")
+def learn_command(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="Such as 2d or 3d_fullres.")],
+    trainer: Annotated[str, typer.Option("-tr", "--trainer", help="As given to nnUNetv2_train.")],
+    plans: Annotated[str, typer.Option("-p", "--plans", help="As given to nnUNetv2_train.")],
+    fold: Annotated[str, typer.Option("-f", "--fold", help="Whose training patients are asked: 0 to 4, or all.")] = "0",
+    fixed: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Free: take the rules from this morphology.json."),
+    ] = None,
+    from_phantom: Annotated[
+        str | None, typer.Option(help="Free: rules that artificial patients of this kind support.")
+    ] = None,
+    per_image: Annotated[
+        bool, typer.Option("--per-image", help="Free: public rules that follow each image's own prediction.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace rules that are there already.")] = False,
+    processes: Annotated[int, typer.Option("-np", min=1, help="Processes that read masks.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Learn how to refine this model's predictions, and write MODEL/morphology.json.
+
+    Without a further option the reference masks of the fold's training patients are asked, once, in one noised vote.
+    It is charged to the dataset's ledger before it is released and paid from the share that the model's plan reserved
+    (`nnunet-dp plan`: 4 % by default). A private training has done this already; the command then says so and spends
+    nothing. --fixed, --from-phantom and --per-image look at no patient and cost nothing.
+
+    \b
+    Example:
+      nnunet-dp morph learn -d 4 -c 3d_fullres -f 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
+      nnunet-dp morph learn -d 4 -c 3d_fullres -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8 --per-image
+    """
+    from nnunet_dp import learning
+    from nnunet_dp.free_rules import place_free_rules
+    from nnunet_dp.nnunet import model_folder, preprocessed_folder
+
+    model = model_folder(dataset, trainer, plans, configuration)
+    free = [fixed is not None, from_phantom is not None, per_image]
+    if sum(free) > 1:
+        raise UsageRefusal("--fixed, --from-phantom and --per-image exclude each other: give one of them")
+    if any(free):
+        place_free_rules(model, fixed, from_phantom, overwrite)
+        said = "These rules cost nothing."
+    else:
+        with _progress("Asking training patients") as progress:
+            said = learning.learn_for_model(model, fold, preprocessed_folder(dataset), processes, progress)
+    _show(learning.RulesReport(model), as_json)
+    if not as_json:
+        typer.echo(said)
+        typer.echo(f"Next: nnunet-dp predict -d {dataset} -c {configuration} -tr {trainer} -p {plans} -f {fold} ...")
+
+
+@morph.command("apply")
+def apply_command(
+    source: Annotated[
+        Path, typer.Option("-i", exists=True, file_okay=False, help="Predictions, as nnUNetv2_predict leaves them.")
+    ],
+    target: Annotated[Path, typer.Option("-o", help="Folder for the refined ones; may be the same.")],
+    rules: Annotated[Path, typer.Option("-m", exists=True, dir_okay=False, help="A morphology.json.")],
+    dataset_json: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Where the predictions have no dataset.json beside them."),
+    ] = None,
+    processes: Annotated[int, typer.Option("-np", min=1, help="Processes that refine side by side.")] = 2,
+) -> None:
+    """Refine a folder of predictions. Post-processing: it costs no privacy.
+
+    Radii are in millimetres and each image's own spacing is used. Applying it twice changes nothing more.
+
+    \b
+    Example:
+      nnunet-dp morph apply -i predictions -o refined -m $nnUNet_results/Dataset004_Hippocampus/MODEL/morphology.json
+    """
+    from nnunet_dp.morphology import read_morphology
+    from nnunet_dp.refined_folder import refine_folder
+
+    with _progress("Refining") as progress:
+        done = refine_folder(
+            source, target, read_morphology(rules), dataset_json=dataset_json, processes=processes, progress=progress
+        )
+    typer.echo(f"Refined {done} predictions into {target}")
+
+
+@app.command(
+    "predict",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": ["--help"]},
+)
+def predict_command(
+    context: typer.Context,
+    no_morphology: Annotated[bool, typer.Option("--no-morph", help="Do not refine: plain nnUNetv2_predict.")] = False,
+    rules: Annotated[
+        Path | None,
+        typer.Option("--morphology", exists=True, dir_okay=False, help="Other rules than MODEL/morphology.json."),
+    ] = None,
+) -> None:
+    """nnUNetv2_predict, with its own flags, followed by DP-Morph.
+
+    All flags but --no-morph and --morphology go to nnUNetv2_predict as they are (nnUNetv2_predict -h lists them). The
+    predictions are then refined where they lie, by the rules in MODEL/morphology.json.
+
+    \b
+    Example:
+      nnunet-dp predict -d 4 -c 3d_fullres -f 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8 -i IMAGES -o OUT
+    """
+    from nnunet_dp.refined_folder import predict
+
+    with _progress("Refining") as progress:
+        typer.echo(predict(context.args, not no_morphology, rules, progress))
+
+
+@app.command("evaluate")
+def evaluate_command(
+    reference: Annotated[Path, typer.Option("-r", exists=True, file_okay=False, help="Reference segmentations.")],
+    predictions: Annotated[Path, typer.Option("-p", exists=True, file_okay=False, help="Predictions.")],
+    compare: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="Other predictions of the same cases: paired differences."),
+    ] = None,
+    dataset_json: Annotated[
+        Path | None,
+        typer.Option("-d", exists=True, dir_okay=False, help="dataset.json. Default: that beside the predictions."),
+    ] = None,
+    tolerance: Annotated[float, typer.Option(help="Of the surface Dice (NSD), in millimetres.")] = 1.0,
+    patients: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="CSV of case,patient: intervals over patients, not cases."),
+    ] = None,
+    patient_column: Annotated[str | None, typer.Option(help="Its column that names the unit.")] = None,
+    processes: Annotated[int, typer.Option("-np", min=1, help="Processes that compare side by side.")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Dice, HD95, NSD and ASSD of a folder of predictions, with 95 % bootstrap intervals.
+
+    Cases that have a reference and no prediction are counted and left out. The result describes the reference data: if
+    these are private, so are the numbers.
+
+    \b
+    Example:
+      nnunet-dp evaluate -r labelsTs -p refined --compare predictions --patients patients_test.csv
+    """
+    from nnunet_dp.evaluation import evaluate_folders
+
+    with _progress("Comparing") as progress:
+        found = evaluate_folders(
+            reference,
+            predictions,
+            compare,
+            dataset_json=dataset_json,
+            tolerance_mm=tolerance,
+            patients=patients,
+            patient_column=patient_column,
+            processes=processes,
+            progress=progress,
+        )
+    _show(found, as_json)
 
 
 def _one_line(error: Exception) -> str:

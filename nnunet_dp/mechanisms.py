@@ -142,8 +142,8 @@ class SubsampledGaussian:
         """Price of one release."""
         return _sampled(self.sampling_probability, GaussianDpEvent(self.noise_multiplier))
 
-    def charge(self, purpose: str, step: int, count: int = 1) -> Charge:
-        """The price as a line for the ledger, for ``count`` releases from ``step`` on."""
+    def charge(self, purpose: str, step: int | None, count: int = 1) -> Charge:
+        """The price as a line for the ledger, for ``count`` releases from ``step`` on (None: of no step)."""
         return Charge(
             purpose=purpose,
             mechanism="gaussian",

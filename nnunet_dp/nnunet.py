@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.imageio.reader_writer_registry import (
+    determine_reader_writer_from_dataset_json,
+    recursive_find_reader_writer_by_name,
+)
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
+from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -26,7 +32,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
-from nnunet_dp.patients import Patients, canonical_digest, cases_as_units, digest, read_patients, write_canonical
+from nnunet_dp.morphology import classes_from
+from nnunet_dp.patients import (
+    Patients,
+    canonical_digest,
+    cases_as_units,
+    digest,
+    read_canonical,
+    read_patients,
+    write_canonical,
+)
 from nnunet_dp.planning import (
     MORPHOLOGY_SHARE,
     NOT_COVERED,
@@ -136,6 +151,31 @@ def _keep_patients(patients: Patients, kept: Path, replace: bool) -> None:
     if kept.is_file() and not replace:
         raise UsageRefusal(f"{PATIENTS} in {kept.parent.name} groups cases differently: give --overwrite")
     write_canonical(patients, kept)
+
+
+def patients_of_plan(folder: Path, section: PrivacySection) -> Patients:
+    """The units that a plan was made for, as kept in the preprocessed folder.
+
+    A model's own copy of the plan carries no digest of the table; the ledger's charges do, and are compared when it is
+    opened.
+
+    Raises:
+        Refusal: when their number or name changed since.
+    """
+    cases, kept = dataset_cases(folder), folder / PATIENTS
+    expected = section.patients_file_sha256
+    if expected:
+        patients = read_canonical(kept, expected, cases)
+    elif section.budget.unit != "case" and kept.is_file():
+        patients = read_patients(kept, None, cases)
+    else:
+        patients = cases_as_units(cases)
+    if (patients.number, patients.unit) != (section.patients, section.budget.unit):
+        raise Refusal(
+            f"the plan was made for {section.patients} units ({section.budget.unit}), the dataset has "
+            f"{patients.number} ({patients.unit}): make the plan again"
+        )
+    return patients
 
 
 def find_splits(folder: Path, patients: Patients) -> Splits:
@@ -280,6 +320,7 @@ def _private(
         compute,
         tuple(round(edge) for edge in source.get("original_median_shape_after_transp", ())),
         morphology_share,
+        len(classes_from(dataset_json).classes),
     )
     kept = folder / PATIENTS
     section = PrivacySection(
@@ -360,6 +401,78 @@ def count_parameters(
             deep_supervision=True,
         )
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+# ---- segmentations on disk -------------------------------------------------------------------------------------------
+
+
+class SegmentationFiles:
+    """Reads and writes label maps the way nnU-Net does, with the reader of the dataset.
+
+    Args:
+        dataset_json: of the dataset, for the file ending.
+        plans: name the reader; without them it is found from the file ending.
+    """
+
+    def __init__(self, dataset_json: Mapping[str, Any], plans: Mapping[str, Any] | None = None) -> None:
+        self.file_ending = dataset_json["file_ending"]
+        name = (plans or {}).get("image_reader_writer") or dataset_json.get("overwrite_image_reader_writer")
+        found = recursive_find_reader_writer_by_name(name) if name else None
+        self._io = (found or determine_reader_writer_from_dataset_json(dict(dataset_json), verbose=False))()
+
+    def read(self, file: Path) -> tuple[np.ndarray, tuple[float, ...], dict[str, Any]]:
+        """Labels [*spatial], spacing in millimetres and what ``write`` needs to know."""
+        segmentation, properties = self._io.read_seg(str(file))
+        return segmentation[0], tuple(float(edge) for edge in properties["spacing"]), properties
+
+    def write(self, segmentation: np.ndarray, file: Path, properties: dict[str, Any]) -> None:
+        """Write labels [*spatial] with the geometry they were read with."""
+        self._io.write_seg(segmentation, str(file), properties)
+
+
+def predict(arguments: list[str]) -> None:
+    """Run ``nnUNetv2_predict`` with these arguments, in this process."""
+    from nnunetv2.inference.predict_from_raw_data import predict_entry_point
+
+    before = sys.argv
+    sys.argv = ["nnUNetv2_predict", *arguments]
+    try:
+        predict_entry_point()
+    finally:
+        sys.argv = before
+
+
+def model_folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    """Folder of a model, whether it exists or not.
+
+    Raises:
+        UsageRefusal: when nnU-Net does not know the dataset or nnUNet_results is not set.
+    """
+    if not nnUNet_results.is_set():
+        raise UsageRefusal("nnUNet_results is not set: export nnUNet_raw, nnUNet_preprocessed, nnUNet_results")
+    try:
+        return Path(get_output_folder(dataset, trainer, plans, configuration))
+    except (RuntimeError, ValueError):
+        raise UsageRefusal(f"nnU-Net knows no dataset {dataset!r}") from None
+
+
+def configuration_spacing(plans: Mapping[str, Any], configuration: str) -> tuple[float, ...]:
+    """Voxel edges of a configuration, in millimetres."""
+    return tuple(float(edge) for edge in PlansManager(dict(plans)).get_configuration(configuration).spacing)
+
+
+def configuration_folder(folder: Path, plans: Mapping[str, Any], configuration: str) -> Path:
+    """Where a configuration's preprocessed cases lie."""
+    return folder / PlansManager(dict(plans)).get_configuration(configuration).data_identifier
+
+
+def common_spacing(folder: Path) -> tuple[float, ...] | None:
+    """The spacing of all images, if it is one."""
+    file = folder / "dataset_fingerprint.json"
+    spacings: list[list[float]] = json.loads(file.read_text()).get("spacings", []) if file.is_file() else []
+    if not spacings or not np.allclose(spacings, spacings[0], rtol=1e-3):
+        return None
+    return tuple(float(edge) for edge in spacings[0])
 
 
 # ---- patches of one patient --------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ from nnunet_dp.clipping import RULE_NAMES, ClipRule, make_rule
 from nnunet_dp.dpsgd import PrivacyPlan, Schedule
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.mechanisms import SubsampledGaussian
+from nnunet_dp.shape_votes import audible
 
 Compute = Literal["full", "small"]
 TRAINING_SHARE = 0.8  # four of five folds: the public share of patients that train in one run
@@ -220,17 +221,24 @@ def clip_rules(step_count: int) -> dict[str, RulePlan]:
     return {name: RulePlan(constants=constants[name], learning_rate=rate) for name in RULE_NAMES}
 
 
-def morphology(budget: PrivacyBudget, share: float) -> MorphologyPlan | None:
-    """The release that a share of the budget buys: mu_m = sqrt(share) mu; None for nothing.
+def morphology(budget: PrivacyBudget, share: float, patients: int, classes: int) -> MorphologyPlan | None:
+    """The release that a share of the budget buys: mu_m = sqrt(share) mu; None where not one question is audible.
+
+    Args:
+        budget: target.
+        share: of mu^2.
+        patients: units in the whole dataset.
+        classes: foreground classes or regions.
 
     Raises:
         UsageRefusal: for a share outside [0, 0.5].
     """
     if not 0 <= share <= 0.5:
         raise UsageRefusal(f"morphology's share of the budget should lie in [0, 0.5], found {share:g}: 0.04 is usual")
-    if share == 0:
+    noise = 1 / (math.sqrt(share) * gaussian_mu(budget)) if share else math.inf
+    if not audible(int(TRAINING_SHARE * patients), noise, classes):
         return None
-    return MorphologyPlan(share=share, noise_multiplier=1 / (math.sqrt(share) * gaussian_mu(budget)))
+    return MorphologyPlan(share=share, noise_multiplier=noise)
 
 
 def plan_configuration(
@@ -242,6 +250,7 @@ def plan_configuration(
     compute: Compute,
     image_shape: tuple[int, ...] = (),
     morphology_share: float = MORPHOLOGY_SHARE,
+    classes: int = 1,
 ) -> ConfigurationPlan:
     """The private training of one configuration, calibrated to the budget.
 
@@ -254,13 +263,14 @@ def plan_configuration(
         compute: ``full``, or ``small`` for a schedule that a processor without a GPU finishes sooner.
         image_shape: median image of the source plans, first axis first; empty or 1 there for 2D images.
         morphology_share: of mu^2, for what refinement learns; 0 gives all to the training.
+        classes: foreground classes or regions.
     """
     shape = features(parameter_limit(patients), count_parameters, stages(patch_size, strides))
     parameters = count_parameters(shape)
     step_count = steps(budget, patients, parameters, compute)
     patches = patches_per_patient(patch_size, image_shape)
     q = sampling_probability(patients, step_count, patches, compute)
-    refinement = morphology(budget, morphology_share)
+    refinement = morphology(budget, morphology_share, patients, classes)
     noise = calibrate(lambda z: _composed(z, q, step_count, refinement), budget)
     return ConfigurationPlan(
         steps=step_count,

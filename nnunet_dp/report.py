@@ -42,7 +42,7 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
 
 def _learning(plan: MorphologyPlan | None) -> str:
     if plan is None:
-        return "nothing is learnt for refinement; all of the budget goes to the training"
+        return "nothing is learnt for refinement (not wanted, or too few patients): all of the budget to the training"
     return f"{plan.share:.0%} of the budget (as mu^2) for one release, noise multiplier {plan.noise_multiplier:.4g}"
 
 

@@ -1,5 +1,6 @@
 #!/bin/sh
-# From a fresh clone to a private model: installs, draws artificial patients, trains, predicts, evaluates, accounts.
+# From a fresh clone to a private model: installs, draws artificial patients, trains, predicts, refines, evaluates,
+# accounts.
 # Stages that are done are skipped when it runs again; a trained model is never trained twice, that would spend budget.
 # Usage: ./setup_scripts/quickstart.sh [--fresh]     --fresh deletes quickstart_data first (nothing else)
 set -eu
@@ -16,7 +17,7 @@ epsilon=8
 trainer=nnUNetTrainerDP_AutoS
 plans=nnUNetPlansDP_eps$epsilon
 processes=2
-stages=9
+stages=10
 export nnUNet_def_n_proc=$processes nnUNet_n_proc_DA=$processes  # nnU-Net would start more than two cores can feed
 
 data="$PWD/quickstart_data"
@@ -80,21 +81,29 @@ predict() {
         -i "$raw/imagesTs" -o "$predictions" -npp $processes -nps $processes
 }
 
+refine() {
+    nnunet-dp morph apply -i "$predictions" -o "$refined" -m "$model/morphology.json"
+}
+
 evaluate() {
-    nnUNetv2_evaluate_folder "$task/labelsTs" "$predictions" -djfile "$model/dataset.json" \
-        -pfile "$model/plans.json" -np $processes
+    nnunet-dp evaluate -r "$task/labelsTs" -p "$refined" --compare "$predictions" -d "$model/dataset.json" \
+        --patients "$task/patients_test.csv" --json > "$data/evaluation.json"
 }
 
 summarise() {
     nnunet-dp status "$model/fold_$fold" --json > "$data/status.json"
-    python - "$predictions/summary.json" "$data/status.json" <<'PYTHON'
+    python - "$data/evaluation.json" "$data/status.json" <<'PYTHON'
 import json
 import sys
 
-summary, status = (json.load(open(path)) for path in sys.argv[1:])
-dice = {label: metrics["Dice"] for label, metrics in summary["mean"].items()}
-print(f"Dice on held-out patients: {summary['foreground_mean']['Dice']:.3f}", end="  (")
-print(", ".join(f"class {label}: {value:.3f}" for label, value in dice.items()) + ")")
+found, status = (json.load(open(path)) for path in sys.argv[1:])
+before, after = found["compare"], found
+print(f"On {found['patients']} held-out patients      before DP-Morph   after (in the same budget)")
+for metric, unit in (("dice", ""), ("hd95", " mm")):
+    for label, values in [("mean", before["mean"]), *before["per_class"].items()]:
+        refined = after["mean"] if label == "mean" else after["per_class"][label]
+        name = f"{metric} {'mean' if label == 'mean' else 'of class ' + label}"
+        print(f"  {name:<28}{values[metric]:10.3f}{unit:<4}{refined[metric]:12.3f}{unit}")
 print(
     f"Privacy spent: epsilon {status['epsilon_spent']:.3f} of {status['epsilon_target']:g} "
     f"at delta {status['delta']:g}, per {status['unit']} ({status['relation']})"
@@ -109,6 +118,7 @@ All of it was artificial data. With your own dataset 4, in the Decathlon's layou
   nnUNetv2_plan_and_preprocess -d 4 -c $configuration
   nnunet-dp plan -d 4 -c $configuration --epsilon 8 --patients YOUR_FOLDER/patients.csv
   nnUNetv2_train 4 $configuration 0 -tr $trainer -p nnUNetPlansDP_eps8
+  nnunet-dp predict -d 4 -c $configuration -f 0 -tr $trainer -p nnUNetPlansDP_eps8 -i IMAGES -o OUT
 TEXT
 }
 
@@ -129,6 +139,7 @@ name="Dataset${dataset}_${task##*_}"
 raw="$nnUNet_raw/$name"
 model="$nnUNet_results/$name/${trainer}__${plans}__$configuration"
 predictions="$data/predictions"
+refined="$data/refined"
 
 stage "Convert and preprocess with nnU-Net"
 once convert
@@ -142,6 +153,9 @@ once train
 
 stage "Predict the held-out patients"
 once predict
+
+stage "Refine the predictions with what the training learnt (DP-Morph)"
+once refine
 
 stage "Evaluate against their labels"
 once evaluate

@@ -36,10 +36,13 @@ from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import epsilon_of
 from nnunet_dp.dpsgd import Execution, PrivateTraining
 from nnunet_dp.errors import Refusal
+from nnunet_dp.learning import boxes_around, learn_once, reference_facts
 from nnunet_dp.loading import PatientLoader
-from nnunet_dp.patients import Patients, cases_as_units, read_canonical
+from nnunet_dp.morphology import FILE, read_morphology
+from nnunet_dp.patients import Patients
 from nnunet_dp.report import banner, plot_spending
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
+from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 from nnunet_dp.splits import fold_slots
 
 
@@ -73,6 +76,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
     """
 
     clip_rule = "flat"
+    in_network: str | None = None  # morphology of the logits: "fixed", "adaptive" or "training_only"
     validation_batches = 4
     validation_batch_size = 8
 
@@ -154,7 +158,8 @@ class nnUNetTrainerDP(nnUNetTrainer):
         own = order.index(nnUNetTrainerDP)
         if order[own + 1] is not nnUNetTrainer:
             raise Refusal(f"{type(self).__name__} mixes in {order[own + 1].__name__}: it was never examined")
-        allowed = {"clip_rule", "__module__", "__doc__", "__qualname__", "__firstlineno__", "__static_attributes__"}
+        allowed = {"clip_rule", "in_network", "__module__", "__doc__", "__qualname__"}
+        allowed |= {"__firstlineno__", "__static_attributes__"}
         changed = {name for kind in order[:own] for name in vars(kind)} - allowed
         changed |= {name for name, value in vars(self).items() if callable(value) and hasattr(type(self), name)}
         if changed:
@@ -169,7 +174,23 @@ class nnUNetTrainerDP(nnUNetTrainer):
     def initialize(self):
         """nnU-Net's own; remembers the weights, which nothing may change before training."""
         super().initialize()
+        if self.in_network in ("fixed", "training_only"):
+            dimensions = len(self.configuration_manager.patch_size)
+            self._open_logits([(1,) * dimensions] * self._heads())  # k = 3, as published
         self._initial_digest = _weights_digest(self._module())
+
+    @classmethod
+    def build_network_architecture(cls, plans_manager, configuration_manager, num_input_channels, num_output_channels,
+                                   enable_deep_supervision=True):  # fmt: skip
+        """nnU-Net's network, at training and at prediction; that of the Morph trainers is wrapped."""
+        network = nnUNetTrainer.build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        if cls.in_network is None:
+            return network
+        dimensions = len(configuration_manager.patch_size)
+        morphology = SoftMorphology(num_output_channels, dimensions, cls.in_network != "training_only")
+        return MorphedNetwork(network, morphology)  # the identity until radii are chosen, or loaded with the weights
 
     def configure_optimizers(self):
         """nnU-Net asks for both; the step's own optimizer and schedule are the core's."""
@@ -185,16 +206,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         return rotation, dummy_2d, initial, mirror_axes
 
     def _patients(self) -> Patients:
-        folder = Path(self.preprocessed_dataset_folder_base)
-        cases = nnunet.dataset_cases(folder)
-        expected = self.section.patients_file_sha256
-        patients = read_canonical(folder / nnunet.PATIENTS, expected, cases) if expected else cases_as_units(cases)
-        if (patients.number, patients.unit) != (self.section.patients, self.section.budget.unit):
-            raise Refusal(
-                f"the plan was made for {self.section.patients} units ({self.section.budget.unit}), the dataset has "
-                f"{patients.number} ({patients.unit}): make the plan again"
-            )
-        return patients
+        return nnunet.patients_of_plan(Path(self.preprocessed_dataset_folder_base), self.section)
 
     def _slots(self):
         """Training slots and validation cases of this fold: public, fixed before any image is read."""
@@ -257,6 +269,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self._write_model_files()
         self._banner(len(slots))
+        self._learn_morphology(slots)
         self._started = time(), self.private.step
 
     def _start(self, run, slots):
@@ -280,6 +293,30 @@ class nnUNetTrainerDP(nnUNetTrainer):
             self.private.restore(self._resume, self._data_digest)
             self._resume = None
         self._save_latest()  # before the first charge: whatever dies from here on can be continued
+
+    def _learn_morphology(self, slots):
+        """Once per run, before its first step: how to refine, from the masks, for the plan's share of the budget."""
+        facts = reference_facts(
+            Path(self.preprocessed_dataset_folder_base), slots, self.plans_manager.plans, self.dataset_json,
+            self.configuration_name, get_allowed_n_proc_DA(),
+        )  # fmt: skip
+        fold, training = Path(self.output_folder), self.private
+        self.print_to_log_file(learn_once(fold, training.plan, training.ledger, facts, training.checkpoint))
+        if self.in_network == "adaptive" and (fold / FILE).is_file():
+            self._open_logits(boxes_around(read_morphology(fold / FILE), self.configuration_manager.spacing))
+
+    def _heads(self):
+        return self.label_manager.num_segmentation_heads - (not self.label_manager.has_regions)
+
+    def _open_logits(self, radii):
+        """An opening of each foreground class's logits, radii in voxels [classes][dimensions]."""
+        background = [] if self.label_manager.has_regions else [(0,) * len(radii[0])]
+        network, boxes = self._module(), [*background, *radii]
+        morphology = SoftMorphology(
+            len(boxes), len(boxes[0]), self.in_network != "training_only", over_background=bool(background)
+        )
+        morphology.set_radii(boxes, ["opening" if any(box) else "none" for box in boxes])
+        network.morphology = morphology.to(self.device)
 
     def _autocast(self):
         """bfloat16 where the device is fast at it; never float16, whose scaler skips steps on un-noised infinities."""
@@ -460,6 +497,24 @@ class nnUNetTrainerDP_AutoS(nnUNetTrainerDP):
     """Auto-S: C / (n + gamma)."""
 
     clip_rule = "auto_s"
+
+
+class nnUNetTrainerDP_AutoS_Morph(nnUNetTrainerDP_AutoS):
+    """Auto-S with the logits opened by k = 3 inside the network, at training and at prediction (arXiv:2606.21763)."""
+
+    in_network = "fixed"
+
+
+class nnUNetTrainerDP_AutoS_MorphAdaptive(nnUNetTrainerDP_AutoS):
+    """The same with each class's kernel from the private vote on its thickness; none where the vote allows none."""
+
+    in_network = "adaptive"
+
+
+class nnUNetTrainerDP_AutoS_MorphTrainingOnly(nnUNetTrainerDP_AutoS):
+    """The published code's way: opened in training, not at prediction; for comparison."""
+
+    in_network = "training_only"
 
 
 class nnUNetTrainerDP_AutoV(nnUNetTrainerDP):

@@ -1,0 +1,278 @@
+"""What refinement does to the predictions of trained private models: none, fixed, oracle, private, per image.
+
+    python benchmarks/dp_morph.py --out OUT FOLD_FOLDER...
+
+Each FOLD_FOLDER holds a finished private training with nnU-Net's validation of its held-out cases (``validation/``) and
+the rules it learnt (``morphology.json``); the references are the dataset's, in nnUNet_preprocessed. Folders of one
+dataset and epsilon are repeats. Writes OUT/checkpoints.json first (SHA-256 of each checkpoint and rule file), then
+OUT/results.json (every case, every variant), OUT/table.md and one picture per dataset. A model that is measured already
+is not measured again. Held-out masks are read here for judging and for the rows called not private and oracle only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_dp.evaluation import segmentation_metrics
+from nnunet_dp.free_rules import per_image
+from nnunet_dp.learning import _votes, reference_facts
+from nnunet_dp.morphology import (
+    Closing,
+    FillHoles,
+    KeepLargest,
+    Morphology,
+    Opening,
+    classes_from,
+    read_morphology,
+)
+from nnunet_dp.nnunet import SegmentationFiles, find_splits, patients_of_plan
+from nnunet_dp.plans import read_section
+from nnunet_dp.refinement import refine
+from nnunet_dp.shape_votes import Ballot, questions, without_noise
+from nnunet_dp.splits import fold_slots
+
+METRICS = ("dice", "hd95")
+DRAWS = 5000
+
+
+def fixed_menu(edge: float) -> dict[str, tuple]:
+    """The fixed rules of the comparison; k voxels across is a ball of radius (k - 1) / 2 edges."""
+    menu: dict[str, tuple] = {"fixed: largest component": (KeepLargest(),)}
+    for k in (3, 5, 7):
+        opening, closing = Opening(radius_mm=(k - 1) / 2 * edge), Closing(radius_mm=(k - 1) / 2 * edge)
+        menu[f"fixed: opening k={k}"] = (opening,)
+        menu[f"fixed: closing k={k}"] = (closing,)
+        menu[f"fixed: opening and closing k={k}"] = (opening, closing)
+        menu[f"fixed: opening k={k}, largest component"] = (opening, KeepLargest())
+    menu["fixed: largest component, holes"] = (KeepLargest(), FillHoles())
+    return menu
+
+
+def rules_for(fold: Path) -> tuple[dict[str, Morphology], dict[str, Any]]:
+    """All variants but the oracle, and what is public about the model."""
+    model = fold.parent
+    plans, description = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
+    section, configuration = read_section(plans), model.name.rsplit("__", 1)[-1]
+    folder = Path(os.environ["nnUNet_preprocessed"]) / plans["dataset_name"]
+    patients = patients_of_plan(folder, section)
+    slots, held_out = fold_slots(find_splits(folder, patients), int(fold.name[5:]), patients)
+    facts = reference_facts(folder, slots, plans, description, configuration, 1)
+    known = classes_from(description)
+
+    def same(operations: tuple) -> Morphology:
+        return known.model_copy(
+            update={"classes": tuple(rule.model_copy(update={"operations": operations}) for rule in known.classes)}
+        )
+
+    variants = {"none": known}
+    variants |= {name: same(operations) for name, operations in fixed_menu(min(facts.spacing_mm)).items()}
+    ballot = Ballot(known.classes, questions(facts.spacing_mm), known.regions, known.ignore_label)
+    votes = _votes(ballot, facts.slots, SegmentationFiles(description, facts.plans), 1, None)
+    variants["adaptive, without noise (not private)"] = without_noise(ballot, votes, "not_private")
+    variants["per image (free)"] = per_image(description)
+    variants["**adaptive private**"] = read_morphology(fold / "morphology.json")
+    about = {
+        "dataset": plans["dataset_name"],
+        "epsilon": section.budget.epsilon,
+        "held_out": {case: patients.case_to_patient[case] for case in held_out},
+        "references": str(folder / "gt_segmentations"),
+        "description": description,
+        "plans": facts.plans,
+    }
+    return variants, about
+
+
+def measure_case(item: tuple) -> dict[str, list[list[float]]]:
+    """Metrics of one case: variant -> [classes][metrics]."""
+    prediction, reference, description, plans, variants = item
+    files = SegmentationFiles(description, plans)
+    predicted, spacing, _ = files.read(prediction)
+    truth, _, _ = files.read(reference)
+    axes = tuple(axis for axis, size in enumerate(truth.shape) if size == 1)
+    step = [edge for edge, size in zip(spacing, truth.shape, strict=True) if size > 1]
+    seen: dict[bytes, list[list[float]]] = {}
+    results = {}
+    for name, rules in variants.items():
+        refined = refine(predicted, rules, spacing)
+        key = hashlib.sha256(refined.tobytes()).digest()
+        if key not in seen:
+            images = (truth.squeeze(axes), refined.squeeze(axes))
+            pairs = [[np.isin(image, rule.labels) for image in images] for rule in rules.classes]
+            found = [segmentation_metrics(*pair, step, 1.0) for pair in pairs]
+            seen[key] = [[float(getattr(one, metric)) for metric in METRICS] for one in found]
+        results[name] = seen[key]
+    return results
+
+
+def measure_model(fold: Path, processes: int) -> dict[str, Any]:
+    """Every variant on every held-out case of one model."""
+    variants, about = rules_for(fold)
+    ending = about["description"]["file_ending"]
+    cases = sorted(about["held_out"])
+    work = [
+        (fold / "validation" / (case + ending), Path(about["references"]) / (case + ending), about["description"],
+         about["plans"], variants)
+        for case in cases
+    ]  # fmt: skip
+    if processes > 1:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+            measured = list(pool.map(measure_case, work, chunksize=8))
+    else:
+        measured = [measure_case(item) for item in work]
+    codes = {patient: number for number, patient in enumerate(sorted(set(about["held_out"].values())))}
+    return {
+        "dataset": about["dataset"],
+        "epsilon": about["epsilon"],
+        "classes": [rule.name for rule in variants["none"].classes],
+        "patient": [codes[about["held_out"][case]] for case in cases],
+        "values": {name: [case[name] for case in measured] for name in variants},
+        "rules": {
+            name: [[operation.operation for operation in rule.operations] for rule in rules.classes]
+            for name, rules in variants.items()
+        },
+    }
+
+
+def oracle(models: list[dict[str, Any]]) -> None:
+    """Per class the fixed rule with the least HD95 on the held-out cases themselves, if Dice does not fall; added."""
+    fixed = [name for name in models[0]["values"] if name == "none" or name.startswith("fixed")]
+    stacked = {name: np.array([model["values"][name] for model in models], float) for name in fixed}
+    chosen = []
+    for row in range(len(models[0]["classes"])):
+        dice, hd95 = ({name: np.nanmean(values[:, :, row, m]) for name, values in stacked.items()} for m in (0, 1))
+        chosen.append(min((name for name in fixed if dice[name] >= dice["none"]), key=hd95.__getitem__))
+    for model in models:
+        cases = range(len(model["patient"]))
+        model["values"]["oracle per class (not private)"] = [
+            [model["values"][name][case][row] for row, name in enumerate(chosen)] for case in cases
+        ]
+        model["rules"]["oracle per class (not private)"] = [[name] for name in chosen]
+
+
+def intervals(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    """Means over repeats, and 95 % intervals of the difference to none: patients are drawn, with all their repeats."""
+    after = np.array([model["values"][name] for model in models], float)
+    before = np.array([model["values"]["none"] for model in models], float)
+    patient = np.array(models[0]["patient"])
+    rng = np.random.default_rng(0)
+    weight = rng.multinomial(patient.max() + 1, np.full(patient.max() + 1, 1 / (patient.max() + 1)), DRAWS)[:, patient]
+
+    def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        # [draws, classes, metrics]: over cases and repeats, what is empty in both left out (nnU-Net's rule)
+        flat = values.swapaxes(0, 1)
+        known = np.isfinite(flat)
+        total = np.einsum("dn,nrcm->dcm", weights, np.where(known, flat, 0.0))
+        return total / np.einsum("dn,nrcm->dcm", weights, known.astype(float))
+
+    one = np.ones((1, len(patient)))
+    difference = mean(after, weight.astype(float)) - mean(before, weight.astype(float))
+    found = mean(after, one)[0]
+    base = mean(before, one)[0]
+    low, high = np.percentile(difference, [2.5, 97.5], axis=0)
+    low_hd, high_hd = np.percentile(difference[:, :, 1].mean(1), [2.5, 97.5])
+    return {
+        "dice": found[:, 0].tolist(),
+        "hd95": found[:, 1].tolist(),
+        "dice_difference": (found - base)[:, 0].tolist(),
+        "dice_low": low[:, 0].tolist(),
+        "dice_high": high[:, 0].tolist(),
+        "hd95_mean": float(found[:, 1].mean()),
+        "hd95_less": float(1 - found[:, 1].mean() / base[:, 1].mean()),
+        "hd95_difference": [float(found[:, 1].mean() - base[:, 1].mean()), float(low_hd), float(high_hd)],
+    }
+
+
+def table(groups: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
+    """Markdown: a block per dataset and epsilon."""
+    lines = []
+    for (dataset, epsilon), models in sorted(groups.items()):
+        oracle(models)
+        classes = models[0]["classes"]
+        names = [name for name in models[0]["values"]]
+        private = intervals(models, "**adaptive private**")
+        best = intervals(models, "oracle per class (not private)")
+        share = private["hd95_difference"][0] / (best["hd95_difference"][0] or float("nan"))
+        lines += [
+            f"### {dataset}, epsilon {epsilon:g}, {len(models)} repeats, {len(models[0]['patient'])} held-out cases "
+            f"of {max(models[0]['patient']) + 1} units",
+            "",
+            f"Adaptive private: HD95 {private['hd95_less']:.0%} less, {share:.0%} of the oracle's gain; lowest end of "
+            f"a Dice difference {min(private['dice_low']):+.4f}.",
+            "",
+            "| refinement | " + " | ".join(f"Dice {c}" for c in classes) + " | "
+            + " | ".join(f"HD95 {c}" for c in classes) + " | mean HD95 | less | "
+            + " | ".join(f"Dice difference {c} [95 %]" for c in classes) + " |",
+            "|---|" + "---|" * (3 * len(classes) + 2),
+        ]  # fmt: skip
+        for name in names:
+            row = intervals(models, name)
+            cells = [f"{v:.3f}" for v in row["dice"]] + [f"{v:.2f}" for v in row["hd95"]]
+            cells += [f"{row['hd95_mean']:.2f}", f"{row['hd95_less']:.0%}"]
+            cells += [
+                f"{d:+.4f} [{low:+.4f}, {high:+.4f}]"
+                for d, low, high in zip(row["dice_difference"], row["dice_low"], row["dice_high"], strict=True)
+            ]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        oracles = models[0]["rules"]["oracle per class (not private)"]
+        chosen = "; ".join(f"{c}: {rule[0]}" for c, rule in zip(classes, oracles, strict=True))
+        lines += ["", f"The oracle chose {chosen}. The private votes chose:", ""]
+        for number, model in enumerate(models, 1):
+            words = "; ".join(
+                f"{c}: {', '.join(operations) or 'nothing'}"
+                for c, operations in zip(classes, model["rules"]["**adaptive private**"], strict=True)
+            )
+            lines.append(f"- repeat {number}: {words}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def freeze(folds: list[Path], file: Path) -> None:
+    """Write the hashes of what is judged, or check them."""
+    hashes = {
+        f"{fold.parent.name}/{fold.name}/{name}": hashlib.sha256((fold / name).read_bytes()).hexdigest()
+        for fold in folds
+        for name in ("checkpoint_final.pth", "morphology.json")
+    }
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    changed = [name for name, value in hashes.items() if known.get(name, value) != value]
+    if changed:
+        raise SystemExit(f"changed since they were frozen: {', '.join(changed)}")
+    file.write_text(json.dumps(known | hashes, indent=1) + "\n")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folds", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("-np", type=int, default=1, help="processes")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    freeze(arguments.folds, arguments.out / "checkpoints.json")
+    store = arguments.out / "results.json"
+    done = json.loads(store.read_text()) if store.is_file() else {}
+    for fold in arguments.folds:
+        name = f"{fold.parent.parent.name}/{fold.parent.name}/{fold.name}"
+        if name not in done:
+            print(f"measuring {name}", flush=True)
+            done[name] = measure_model(fold, arguments.np)
+            store.write_text(json.dumps(done))
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for model in done.values():
+        groups.setdefault((model["dataset"], model["epsilon"]), []).append(model)
+    text = table(groups)
+    (arguments.out / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""A folder of predictions in, a refined folder out: ``nnunet-dp morph apply``, and the second half of ``predict``.
+
+Post-processing: it reads predictions and ``morphology.json`` and nothing else, so it costs no privacy. Files are
+replaced whole or not at all; since refinement is idempotent, a run that was killed is simply started again.
+
+``write_pickle`` writes the same rules in nnU-Net's own form, for plain ``nnUNetv2_apply_postprocessing``. That command
+passes no spacing: radii are kept only where the caller says that one spacing holds for all images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pickle
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunet_dp import nnunet
+from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.morphology import FILE, Closing, Morphology, Opening, classes_from, read_morphology, write_morphology
+from nnunet_dp.nnunet import SegmentationFiles
+from nnunet_dp.refinement import refine
+from nnunet_dp.replacing import replacing
+
+Progress = Callable[[int, int], None]
+PICKLE = "postprocessing.pkl"
+
+
+def refine_folder(
+    source: Path,
+    target: Path,
+    morphology: Morphology,
+    *,
+    dataset_json: Path | None = None,
+    only: Sequence[str] | None = None,
+    processes: int = 1,
+    progress: Progress | None = None,
+) -> int:
+    """Refine every prediction of a folder; ``source`` and ``target`` may be the same.
+
+    Args:
+        source: predictions, as ``nnUNetv2_predict`` leaves them, with its dataset.json and plans.json.
+        target: made if it does not exist; receives the refined files, dataset.json, plans.json and the rules applied.
+        morphology: the rules.
+        dataset_json: where ``source`` holds none.
+        only: names of files to refine; None refines all.
+        processes: that work side by side.
+        progress: told (files done, files in all).
+
+    Returns:
+        Number of files refined.
+
+    Raises:
+        UsageRefusal: for a folder without predictions or dataset.json, or rules made for other classes.
+    """
+    description = read_description(source, dataset_json)
+    refuse_other_classes(morphology, description)
+    plans = json.loads((source / "plans.json").read_text()) if (source / "plans.json").is_file() else None
+    ending = description["file_ending"]
+    names = sorted(file.name for file in source.glob(f"*{ending}") if only is None or file.name in only)
+    if not names:
+        raise UsageRefusal(f"{source} holds no predictions that end in {ending}: is it the output of nnUNetv2_predict?")
+    target.mkdir(parents=True, exist_ok=True)
+    work = [(description, plans, morphology, source / name, target / name) for name in names]
+    for done, _ in enumerate(_each(_refine_file, work, processes), 1):
+        if progress:
+            progress(done, len(names))
+    _carry_along(source, target, morphology, dataset_json)
+    return len(names)
+
+
+def read_description(source: Path, dataset_json: Path | None) -> dict[str, Any]:
+    """The dataset.json that goes with a folder of predictions.
+
+    Raises:
+        UsageRefusal: where there is none.
+    """
+    file = dataset_json or source / "dataset.json"
+    if not file.is_file():
+        raise UsageRefusal(f"{source} holds no dataset.json: name the dataset's own with --dataset-json FILE")
+    return json.loads(file.read_text())
+
+
+def refuse_other_classes(morphology: Morphology, dataset_json: Mapping[str, Any]) -> None:
+    """Refuse rules that were made for a dataset with other labels.
+
+    Raises:
+        UsageRefusal: naming both.
+    """
+    expected = classes_from(dataset_json)
+    mine = [(rule.labels, rule.writes) for rule in expected.classes]
+    found = [(rule.labels, rule.writes) for rule in morphology.classes]
+    if found != mine or morphology.regions != expected.regions:
+        names = ", ".join(f"{rule.name} {list(rule.labels)}" for rule in expected.classes)
+        theirs = ", ".join(f"{rule.name} {list(rule.labels)}" for rule in morphology.classes)
+        raise UsageRefusal(f"the rules are for other classes: the dataset has {names}; the rules speak of {theirs}")
+
+
+def _each(work: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Any:
+    if processes <= 1 or len(items) <= 1:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        yield from (future.result() for future in as_completed([pool.submit(work, item) for item in items]))
+
+
+def _refine_file(item: tuple[dict[str, Any], dict[str, Any] | None, Morphology, Path, Path]) -> None:
+    description, plans, morphology, source, target = item
+    files = SegmentationFiles(description, plans)
+    segmentation, spacing_mm, properties = files.read(source)
+    refined = refine(segmentation, morphology, spacing_mm)
+    folder = Path(tempfile.mkdtemp(prefix=".refining_", dir=target.parent))  # nnU-Net's writers go by the file ending
+    try:
+        files.write(refined, folder / target.name, properties)
+        os.replace(folder / target.name, target)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _carry_along(source: Path, target: Path, morphology: Morphology, dataset_json: Path | None) -> None:
+    found = {"dataset.json": dataset_json or source / "dataset.json", "plans.json": source / "plans.json"}
+    for name, file in found.items():
+        if file.is_file() and file.resolve() != (target / name).resolve():
+            shutil.copyfile(file, target / name)
+    write_morphology(morphology, target / FILE)
+
+
+# ---- predict, then refine ----------------------------------------------------------------------------------------
+
+
+def predict(
+    arguments: Sequence[str], refining: bool, rules: Path | None = None, progress: Progress | None = None
+) -> str:
+    """``nnUNetv2_predict`` with its own arguments, then refinement of its output, in place.
+
+    Args:
+        arguments: of ``nnUNetv2_predict``.
+        refining: whether to refine.
+        rules: a morphology file; None takes the model's.
+        progress: told (files refined, files in all).
+
+    Returns:
+        A sentence about what was done.
+
+    Raises:
+        UsageRefusal: before predicting, when the model has no rules.
+    """
+    known = _prediction_arguments(arguments)
+    if not refining or known is None:
+        nnunet.predict(list(arguments))
+        return "Not refined."
+    file = rules or nnunet.model_folder(known.d, known.tr, known.p, known.c) / FILE
+    if not file.is_file():
+        raise UsageRefusal(
+            f"{file.parent.name} has no {FILE}: give --no-morph, or free rules with `nnunet-dp morph learn ... "
+            "--per-image`"
+        )
+    morphology, output, began = read_morphology(file), Path(known.o), time.time()
+    nnunet.predict(list(arguments))
+    mine = None
+    if known.num_parts > 1:  # other parts may be writing to the folder
+        mine = [item.name for item in output.iterdir() if item.stat().st_mtime >= began]
+    done = refine_folder(output, output, morphology, only=mine, processes=known.nps, progress=progress)
+    return f"Refined {done} predictions in {known.o} ({morphology.kind} rules of {file.parent.name})."
+
+
+def _prediction_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """What we need of ``nnUNetv2_predict``'s arguments; None where it will only print its help."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    for flag in ("-o", "-d", "-c"):
+        parser.add_argument(flag)
+    parser.add_argument("-p", default="nnUNetPlans")
+    parser.add_argument("-tr", default="nnUNetTrainer")
+    parser.add_argument("-nps", type=int, default=2)
+    parser.add_argument("-num_parts", type=int, default=1)
+    known, _ = parser.parse_known_args(list(arguments))
+    return known if None not in (known.o, known.d, known.c) else None
+
+
+# ---- nnU-Net's own form ------------------------------------------------------------------------------------------
+
+
+def refine_in_nnunet(segmentation: np.ndarray, rules: str, spacing_mm: Sequence[float] | None) -> np.ndarray:
+    """What ``postprocessing.pkl`` calls: labels [1, *spatial] or [*spatial] in and out, rules as JSON.
+
+    Args:
+        segmentation: as nnU-Net's readers give it.
+        rules: content of a morphology file.
+        spacing_mm: one spacing for all images; None where the rules hold no radius or volume.
+    """
+    morphology = Morphology.model_validate_json(rules)
+    dimensions = 3 if spacing_mm is None else len(spacing_mm)
+    labels = segmentation[0] if segmentation.ndim > dimensions else segmentation
+    return refine(labels, morphology, spacing_mm or (1.0,) * labels.ndim).reshape(segmentation.shape)
+
+
+def write_pickle(morphology: Morphology, folder: Path, spacing_mm: Sequence[float] | None) -> tuple[str, ...]:
+    """Write ``postprocessing.pkl`` beside the rules: local, like every pickle never to be exported.
+
+    Args:
+        morphology: the rules.
+        folder: the model's.
+        spacing_mm: of all images, if it is one; None drops what is measured in millimetres.
+
+    Returns:
+        Operations that had to be dropped.
+    """
+    kept, dropped = (morphology, ()) if spacing_mm is not None else _without_lengths(morphology)
+    arguments = {"rules": kept.model_dump_json(exclude_none=True), "spacing_mm": spacing_mm and tuple(spacing_mm)}
+    with replacing(folder / PICKLE) as stream:
+        pickle.dump(([refine_in_nnunet], [arguments]), stream)
+    return dropped
+
+
+def _without_lengths(morphology: Morphology) -> tuple[Morphology, tuple[str, ...]]:
+    dropped: list[str] = []
+    classes = []
+    for rule in morphology.classes:
+        lengths = [operation for operation in rule.operations if _needs_spacing(operation)]
+        dropped += [f"{operation.operation} of {rule.name}" for operation in lengths]
+        kept = tuple(operation for operation in rule.operations if operation not in lengths)
+        classes.append(rule.model_copy(update={"operations": kept}))
+    return morphology.model_copy(update={"classes": tuple(classes)}), tuple(dropped)
+
+
+def _needs_spacing(operation: Any) -> bool:
+    volumes = (getattr(operation, name, None) for name in ("largest_mm3", "below_mm3"))
+    return isinstance(operation, Opening | Closing) or any(volume is not None for volume in volumes)
