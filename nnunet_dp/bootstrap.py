@@ -70,7 +70,7 @@ def paired_bootstrap(
 def _draws(units: int, resamples: int, seed: int) -> Floats:
     """How often each unit occurs in each draw, ``[1 + resamples, units]``; the first holds each one once."""
     drawn = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=resamples)
-    return np.vstack([np.ones(units), drawn])
+    return np.vstack([np.ones_like(drawn[:1]), drawn]).astype(np.float64)
 
 
 def _means(weights: Floats, values: Floats) -> Floats:

@@ -406,6 +406,20 @@ def count_parameters(
 # ---- segmentations on disk -------------------------------------------------------------------------------------------
 
 
+def as_labels(segmentation: np.ndarray) -> np.ndarray:
+    """Labels as whole numbers; nnU-Net's readers give them as float32.
+
+    Raises:
+        UsageRefusal: for values that are no labels.
+    """
+    if np.issubdtype(segmentation.dtype, np.integer):
+        return segmentation
+    labels = segmentation.astype(np.int16)
+    if not np.array_equal(labels, segmentation):
+        raise UsageRefusal("a segmentation should hold whole numbers below 32768, found other values: is it an image?")
+    return labels
+
+
 class SegmentationFiles:
     """Reads and writes label maps the way nnU-Net does, with the reader of the dataset.
 
@@ -423,7 +437,7 @@ class SegmentationFiles:
     def read(self, file: Path) -> tuple[np.ndarray, tuple[float, ...], dict[str, Any]]:
         """Labels [*spatial], spacing in millimetres and what ``write`` needs to know."""
         segmentation, properties = self._io.read_seg(str(file))
-        return segmentation[0], tuple(float(edge) for edge in properties["spacing"]), properties
+        return as_labels(segmentation[0]), tuple(float(edge) for edge in properties["spacing"]), properties
 
     def write(self, segmentation: np.ndarray, file: Path, properties: dict[str, Any]) -> None:
         """Write labels [*spatial] with the geometry they were read with."""

@@ -143,6 +143,13 @@ NOT_COVERED = (
 )
 
 
+def covered(section: PrivacySection, configuration: str) -> tuple[str, ...]:
+    """What the epsilon of one configuration pays for."""
+    plan = section.configurations.get(configuration)
+    learns = plan is not None and plan.morphology is not None
+    return (*section.covers, *(("refinement rules learnt in the run (morphology.json)",) if learns else ()))
+
+
 def parameter_limit(patients: int) -> int:
     """Most trainable parameters for that many patients: 3000 a patient, between 0.4 and 1 million."""
     return max(400_000, min(1_000_000, 3_000 * patients))

@@ -199,8 +199,9 @@ def refine_in_nnunet(segmentation: np.ndarray, rules: str, spacing_mm: Sequence[
     """
     morphology = Morphology.model_validate_json(rules)
     dimensions = 3 if spacing_mm is None else len(spacing_mm)
-    labels = segmentation[0] if segmentation.ndim > dimensions else segmentation
-    return refine(labels, morphology, spacing_mm or (1.0,) * labels.ndim).reshape(segmentation.shape)
+    labels = nnunet.as_labels(segmentation[0] if segmentation.ndim > dimensions else segmentation)
+    refined = refine(labels, morphology, spacing_mm or (1.0,) * labels.ndim)
+    return refined.reshape(segmentation.shape).astype(segmentation.dtype)
 
 
 def write_pickle(morphology: Morphology, folder: Path, spacing_mm: Sequence[float] | None) -> tuple[str, ...]:

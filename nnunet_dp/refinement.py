@@ -101,8 +101,9 @@ def refine(segmentation: np.ndarray, morphology: Morphology, spacing_mm: Sequenc
     image = segmentation.reshape([segmentation.shape[axis] for axis in axes])
     scheme = _scheme(image, morphology, [float(spacing_mm[axis]) for axis in axes])
     codes = _encoded(image, scheme)
-    touched = scheme.inside[[bool(rule.operations) for rule in scheme.rules], 1:-1].any(0)
-    around = _hull([box for box, is_touched in zip(_boxes(codes, scheme), touched, strict=True) if is_touched])
+    boxes = _boxes(codes, scheme)
+    operated = [index for index, rule in enumerate(scheme.rules) if rule.operations]
+    around = _hull([box for code, box in enumerate(boxes, 1) if scheme.inside[operated, code].any()])
     if around is None:
         return segmentation.copy()
     around = _widened(around)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerEntry, epsilon_of
-from nnunet_dp.planning import MorphologyPlan, PrivacySection
+from nnunet_dp.planning import MorphologyPlan, PrivacySection, covered
 
 _CASE_NOTE = (
     "no patients.csv says whose case each case is, so the unit is one case; a patient with several cases is protected "
@@ -34,7 +34,7 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
         ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
         ("morphology", _learning(plan.morphology)),
         ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
-        ("covers", "; ".join(section.covers)),
+        ("covers", "; ".join(covered(section, configuration))),
         ("NOT covered", "; ".join(section.not_covered)),
         *([("NOTE", _CASE_NOTE)] if budget.unit == "case" else []),
     ]

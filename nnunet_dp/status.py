@@ -14,10 +14,11 @@ from typing import Any
 
 from nnunet_dp import TRAINER_NAMES
 from nnunet_dp.accounting import which_accountant
-from nnunet_dp.charges import LedgerEntry, epsilon_of, events_of, steps_done, steps_wasted
+from nnunet_dp.charges import MORPHOLOGY, TRAINING, LedgerEntry, epsilon_of, events_of, steps_done, steps_wasted
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_copy, read_ledger
-from nnunet_dp.planning import NOT_COVERED, PrivacySection
+from nnunet_dp.morphology import FILE, read_morphology
+from nnunet_dp.planning import NOT_COVERED, PrivacySection, covered
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint
 
@@ -111,12 +112,24 @@ def read_status(folder: Path) -> Status:
     if dataset is not None and {entry.hash for lines in copies.values() for entry in lines} - {e.hash for e in dataset}:
         raise Refusal(f"charges in a model folder are missing from the dataset's {LEDGER}: put it back from a backup")
     mine = _run_entries(folder, copies.get(copy, ()), dataset)
-    if len(mine) < proved:
+    charged = _steps_charged(mine)
+    if charged < proved:
         raise Refusal(
-            f"the checkpoint in {folder.name} proves at least {proved} charges, found {len(mine)} ledger lines: put "
+            f"the checkpoint in {folder.name} proves at least {proved} charges, found {charged} in the ledger: put "
             f"{LEDGER} back from a backup"
         )
+    if (folder / FILE).is_file() and _was_released(folder / FILE) and not any(e.purpose == MORPHOLOGY for e in mine):
+        raise Refusal(f"{FILE} in {folder.name} was learnt from masks, but no charge paid for it: put {LEDGER} back")
     return _status(section, configuration, mine, dataset, taken)
+
+
+def _steps_charged(entries: tuple[LedgerEntry, ...]) -> int:
+    return sum(entry.count for entry in entries if entry.purpose == TRAINING)
+
+
+def _was_released(file: Path) -> bool:
+    rules = read_morphology(file)
+    return rules.kind == "private" and "ledger_run" in rules.provenance
 
 
 def _run_entries(
@@ -164,11 +177,11 @@ def _status(
         unit=mine[-1].unit if mine else budget.unit,
         relation=budget.relation,
         accountant=which_accountant(events_of(mine), budget.delta),
-        covers=section.covers,
+        covers=covered(section, configuration),
         not_covered=tuple(sorted({*NOT_COVERED, *section.not_covered})),
         steps_done=steps_done(mine) if taken is None else taken,
         steps_planned=plan.steps,
-        steps_wasted=steps_wasted(mine) if taken is None else sum(entry.count for entry in mine) - taken,
+        steps_wasted=steps_wasted(mine) if taken is None else _steps_charged(mine) - taken,
         noise_multiplier=plan.noise_multiplier,
         sampling_probability=plan.sampling_probability,
         patients=section.patients,
