@@ -22,9 +22,8 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_dp.evaluation import segmentation_metrics
 from nnunet_dp.free_rules import per_image
-from nnunet_dp.learning import _votes, reference_facts
+from nnunet_dp.learning import reference_facts, votes_of
 from nnunet_dp.morphology import (
     Closing,
     FillHoles,
@@ -37,6 +36,7 @@ from nnunet_dp.morphology import (
 from nnunet_dp.nnunet import SegmentationFiles, find_splits, patients_of_plan
 from nnunet_dp.plans import read_section
 from nnunet_dp.refinement import refine
+from nnunet_dp.segmentation_metrics import segmentation_metrics
 from nnunet_dp.shape_votes import Ballot, questions, without_noise
 from nnunet_dp.splits import fold_slots
 
@@ -76,7 +76,7 @@ def rules_for(fold: Path) -> tuple[dict[str, Morphology], dict[str, Any]]:
     variants = {"none": known}
     variants |= {name: same(operations) for name, operations in fixed_menu(min(facts.spacing_mm)).items()}
     ballot = Ballot(known.classes, questions(facts.spacing_mm), known.regions, known.ignore_label)
-    votes = _votes(ballot, facts.slots, SegmentationFiles(description, facts.plans), 1, None)
+    votes = votes_of(ballot, facts.slots, SegmentationFiles(description, facts.plans), 1, None)
     variants["adaptive, without noise (not private)"] = without_noise(ballot, votes, "not_private")
     variants["per image (free)"] = per_image(description)
     variants["**adaptive private**"] = read_morphology(fold / "morphology.json")

@@ -99,7 +99,7 @@ def learn_for_run(
             f"learning would lift this run to epsilon {total:.4g}, its target is {plan.budget.epsilon:g}: nothing was "
             "charged; --fixed FILE, --from-phantom KIND and --per-image cost nothing"
         )
-    found = learn(ballot, mechanism, _votes(ballot, slots, files, processes, progress), ledger, checkpoint)
+    found = learn(ballot, mechanism, votes_of(ballot, slots, files, processes, progress), ledger, checkpoint)
     write_morphology(found, fold / FILE)
     return found
 
@@ -256,9 +256,10 @@ def _private_model(model: Path, trainer: str) -> tuple[PrivacySection, dict[str,
     return section, plans, model.name.rsplit("__", 1)[-1]
 
 
-def _votes(
+def votes_of(
     ballot: Ballot, slots: Sequence[Sequence[Path]], files: SegmentationFiles, processes: int, progress: Progress | None
 ) -> Iterator[np.ndarray]:
+    """Each training patient's votes, as ``Ballot.votes``: private, for ``learn`` alone (and for comparisons)."""
     work = [(ballot, tuple(slot), files) for slot in slots]
     if processes <= 1:
         results: Iterator[np.ndarray] = map(_votes_of, work)

@@ -161,7 +161,7 @@ def classes_from(dataset_json: Mapping[str, Any]) -> Morphology:
         UsageRefusal: for regions without ``regions_class_order``.
     """
     named = {name: label for name, label in dataset_json["labels"].items() if name not in ("background", "ignore")}
-    regions = any(isinstance(label, list | tuple) for label in named.values())
+    regions = any(isinstance(label, list | tuple) and len(label) > 1 for label in named.values())
     sets = [
         tuple(int(part) for part in (label if isinstance(label, list | tuple) else [label])) for label in named.values()
     ]

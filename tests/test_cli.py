@@ -117,6 +117,7 @@ def test_plan_passes_everything_on(monkeypatch, tmp_path, capsys):
     calls = stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="Mine", changed=True))
     options = ["--delta", "1e-4", "--patients", str(table), "--patient-column", "person", "-p", "ResEnc"]
     options += ["-o", "Mine", "--compute", "small", "--public-weights", str(table), "--overwrite"]
+    options += ["--morphology-share", "0.1"]
     assert main([*PLAN, *options]) == 0
     assert calls[0][0] == ("4", "3d_fullres", 8.0, 1e-4)
     assert calls[0][1] == {
@@ -126,6 +127,7 @@ def test_plan_passes_everything_on(monkeypatch, tmp_path, capsys):
         "output": "Mine",
         "compute": "small",
         "public_weights": table,
+        "morphology_share": 0.1,
         "overwrite": True,
     }
     assert "nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p Mine" in capsys.readouterr().out
@@ -135,9 +137,17 @@ def test_plan_chooses_nothing_by_itself(monkeypatch, capsys):
     calls = stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="P", changed=False))
     assert main(PLAN) == 0
     absent = dict.fromkeys(["patients_file", "patient_column", "output", "public_weights"])
-    defaults = {**absent, "plans": "nnUNetPlans", "compute": "full", "overwrite": False}
+    defaults = {**absent, "plans": "nnUNetPlans", "compute": "full", "morphology_share": 0.04, "overwrite": False}
     assert calls[0] == (("4", "3d_fullres", 8.0, None), defaults)
     assert "Nothing changed" in capsys.readouterr().out
+
+
+def test_no_morph_gives_all_to_the_training_and_contradicts_a_share(monkeypatch, capsys):
+    calls = stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="P", changed=True))
+    assert main([*PLAN, "--no-morph"]) == 0
+    assert calls[0][1]["morphology_share"] == 0
+    assert main([*PLAN, "--no-morph", "--morphology-share", "0.1"]) == 2
+    assert "contradict" in capsys.readouterr().err and len(calls) == 1
 
 
 def test_json_is_one_object_and_nothing_else(monkeypatch, tmp_path, capsys):

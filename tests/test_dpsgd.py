@@ -21,13 +21,13 @@ from torch import nn
 
 from nnunet_dp import dpsgd
 from nnunet_dp.accounting import PrivacyBudget
-from nnunet_dp.charges import LedgerError, epsilon_of, steps_done, steps_wasted
+from nnunet_dp.charges import MORPHOLOGY, LedgerError, epsilon_of, steps_done, steps_wasted
 from nnunet_dp.clipping import RULE_NAMES, make_rule
 from nnunet_dp.dpsgd import Execution, PrivacyPlan, PrivateTraining, Schedule
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.gradients import Record, trainable
 from nnunet_dp.ledger import Ledger, read_ledger
-from nnunet_dp.mechanisms import GaussianWithCount
+from nnunet_dp.mechanisms import GaussianWithCount, SubsampledGaussian
 from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint, write_checkpoint
 
 NOISE = 2.0
@@ -180,6 +180,92 @@ def test_a_charge_that_the_plan_does_not_know_stops_the_run(tmp_path):
     training.ledger.charge(plan(noise=7.0).mechanism.charge("training", 0))
     with pytest.raises(Refusal, match="its plan does not know"):
         training.advance(alike)
+
+
+# ---- the share of morphology -------------------------------------------------------------------------------------
+
+LEARNING = 3.0
+
+
+def learnt(training, noise=LEARNING, **fields) -> None:
+    """Charge a run for what refinement learns."""
+    charge = SubsampledGaussian(noise).charge(MORPHOLOGY, None)
+    training.ledger.charge(charge.model_copy(update=fields))
+
+
+def test_a_run_that_learnt_trains_all_its_steps_and_spends_what_was_planned(tmp_path):
+    chosen = replace(plan(steps=3), morphology_noise=LEARNING)
+    training = start(tmp_path, chosen)
+    learnt(training)
+    assert training.charged == 0 and not training.finished
+    while not training.finished:
+        training.advance(alike)
+    assert (training.charged, training.step) == (3, 3)
+    entries = read_ledger(tmp_path / LEDGER)
+    assert len(entries) == 4 and epsilon_of(entries, BUDGET.delta) == pytest.approx(chosen.epsilon)
+
+
+def test_a_run_may_learn_between_its_steps_or_not_at_all(tmp_path):
+    chosen = replace(plan(steps=3), morphology_noise=LEARNING)
+    training = start(tmp_path, chosen)
+    training.advance(alike)
+    learnt(training)
+    training.advance(alike)
+    assert training.charged == 2
+    other = start(tmp_path, chosen, run="fold_1")
+    other.advance(alike)
+    assert other.charged == 1
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        {"noise": 2.9},
+        {"count": 2},
+        {"sampling_probability": 0.5},
+        {"purpose": "audit"},
+        {"purpose": "training"},
+    ],
+)
+def test_a_charge_of_morphology_that_the_plan_does_not_know_stops_the_run(tmp_path, strange):
+    training = start(tmp_path, replace(plan(), morphology_noise=LEARNING))
+    learnt(training, **strange)
+    with pytest.raises(Refusal, match="its plan does not know"):
+        training.advance(alike)
+    assert len(read_ledger(tmp_path / LEDGER)) == 1 and (weights(training) == 0).all()
+
+
+def test_learning_twice_or_without_a_planned_share_stops_the_run(tmp_path):
+    doubled = start(tmp_path, replace(plan(), morphology_noise=LEARNING), run="doubled")
+    learnt(doubled)
+    learnt(doubled)
+    unplanned = start(tmp_path, plan(), run="unplanned")
+    learnt(unplanned)
+    for training in (doubled, unplanned):
+        with pytest.raises(Refusal, match="its plan does not know"):
+            training.advance(alike)
+
+
+def test_what_another_run_learnt_is_none_of_this_runs_business(tmp_path):
+    other = start(tmp_path, replace(plan(), morphology_noise=LEARNING), run="fold_1")
+    learnt(other)
+    training = start(tmp_path, plan())
+    training.advance(alike)
+    assert training.charged == 1
+
+
+def test_a_plan_whose_training_alone_fits_is_refused_with_a_share_that_does_not(tmp_path):
+    alone = replace(plan(noise=4.0), budget=PrivacyBudget(epsilon=4.5, delta=1e-5))
+    alone.verify()
+    with pytest.raises(BudgetRefusal, match=r"its target is 4\.5"):
+        start(tmp_path, replace(alone, morphology_noise=0.5))
+    assert not (tmp_path / LEDGER).exists()
+
+
+def test_a_share_belongs_to_what_a_resumed_run_must_agree_with(tmp_path):
+    begun(tmp_path, plan())
+    with pytest.raises(Refusal, match="plan or the clip rule changed"):
+        resume(tmp_path, replace(plan(), morphology_noise=LEARNING))
 
 
 def test_when_the_ledger_cannot_be_written_nobody_is_drawn_and_no_weight_moves(tmp_path, monkeypatch):

@@ -6,20 +6,27 @@ import inspect
 import itertools
 import json
 import math
+from collections import Counter
 
 import pytest
+from dp_accounting.dp_event import DpEvent, GaussianDpEvent
+from dp_accounting.pld import PLDAccountant
+from dp_accounting.privacy_accountant import NeighboringRelation
 from ordinary_plans import DATASET_JSON, ordinary_plans
 from pydantic import ValidationError
 
-from nnunet_dp.accounting import PrivacyBudget, epsilon
+from nnunet_dp.accounting import PrivacyBudget, epsilon, gaussian_delta, gaussian_mu
 from nnunet_dp.clipping import RULE_NAMES
+from nnunet_dp.errors import BudgetRefusal, UsageRefusal
 from nnunet_dp.nnunet import count_parameters
 from nnunet_dp.planning import (
     FEWEST_STEPS,
+    MORPHOLOGY_SHARE,
     NOT_COVERED,
     PATCH_LIMIT,
     STEP_LIMIT,
     TRAINING_SHARE,
+    MorphologyPlan,
     PrivacySection,
     clip_rules,
     features,
@@ -44,13 +51,20 @@ def roughly_a_unet(shape: tuple[int, ...]) -> int:
     return sum(135 * number**2 for number in shape)
 
 
-def plan(target=8.0, patients=170, compute="full"):
-    return plan_configuration(budget(target), patients, (40, 56, 40), HALVED_3D, roughly_a_unet, compute)
+def plan(target=8.0, patients=170, compute="full", share=MORPHOLOGY_SHARE):
+    facts = (patients, (40, 56, 40), HALVED_3D, roughly_a_unet, compute)
+    return plan_configuration(budget(target), *facts, morphology_share=share)
+
+
+def releases(configuration, target, patients=170) -> list[DpEvent]:
+    """All that a run of this plan releases."""
+    schedule = configuration.privacy_plan(budget(target), "flat", patients)
+    learning = [GaussianDpEvent(configuration.morphology.noise_multiplier)] if configuration.morphology else []
+    return [schedule.mechanism.event] * schedule.steps + learning
 
 
 def spent(configuration, target, patients=170) -> float:
-    schedule = configuration.privacy_plan(budget(target), "flat", patients)
-    return epsilon([schedule.mechanism.event] * schedule.steps, schedule.budget.delta)
+    return epsilon(releases(configuration, target, patients), budget().delta)
 
 
 def section() -> PrivacySection:
@@ -71,6 +85,7 @@ def test_the_same_public_facts_give_the_same_plan():
 
 def test_neither_fold_nor_hardware_nor_data_can_reach_the_plan():
     facts = {"budget", "patients", "patch_size", "strides", "count_parameters", "compute", "image_shape"}
+    facts |= {"morphology_share"}
     assert set(inspect.signature(plan_configuration).parameters) == facts
 
 
@@ -161,6 +176,81 @@ def test_the_calibrated_schedule_spends_at_least_99_percent_of_its_target_and_ne
     assert 0.99 * target <= spent(plan(target, patients), target) <= target
 
 
+# ---- the share of morphology -------------------------------------------------------------------------------------
+
+
+def by_dp_accounting(events, delta: float) -> float:
+    accountant = PLDAccountant(NeighboringRelation.REPLACE_SPECIAL, value_discretization_interval=1e-3)
+    for event, count in Counter(events).items():
+        accountant.compose(event, count)
+    return accountant.get_epsilon(delta)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.04, 0.3])
+@pytest.mark.parametrize("patients", [170, 9000])  # full batch, Poisson draws
+@pytest.mark.parametrize("target", [1, 3, 8])
+def test_training_and_morphology_together_meet_the_target_and_never_pass_it(target, patients, share):
+    configuration = plan(target, patients, share=share)
+    assert (configuration.sampling_probability == 1) == (patients == 170)
+    assert (configuration.morphology is None) == (share == 0)
+    total = configuration.privacy_plan(budget(target), "flat", patients)
+    assert total.epsilon == pytest.approx(spent(configuration, target, patients), rel=1e-9)
+    assert 0.99 * target <= total.epsilon <= target
+    total.verify()
+    assert by_dp_accounting(releases(configuration, target, patients), 1e-4) == pytest.approx(total.epsilon, rel=2e-3)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.04, 0.3])
+@pytest.mark.parametrize("target", [0.5, 3, 8, 20])
+def test_on_the_full_batch_squares_of_mu_add_up_to_the_budget_in_the_planned_shares(target, share):
+    configuration = plan(target, share=share)
+    training = configuration.steps / configuration.noise_multiplier**2
+    learning = configuration.morphology.noise_multiplier**-2 if share else 0.0
+    assert learning == pytest.approx(share * gaussian_mu(budget(target)) ** 2, rel=1e-9)
+    assert gaussian_delta(math.sqrt(training + learning), target) <= budget().delta
+    assert gaussian_delta(math.sqrt(training + learning), 0.99 * target) >= budget().delta
+    assert learning / (training + learning) == pytest.approx(share, rel=0.02)
+
+
+def test_a_larger_share_leaves_the_training_more_noise_and_the_votes_less():
+    plans = [plan(share=share) for share in (0.01, 0.04, 0.3)]
+    training = [found.noise_multiplier for found in plans]
+    votes = [found.morphology.noise_multiplier for found in plans]
+    assert training == sorted(training) and votes == sorted(votes, reverse=True)
+    assert training[1] / plan(share=0.0).noise_multiplier == pytest.approx(1.02, abs=0.01)
+
+
+@pytest.mark.parametrize("share", [-0.01, 0.51, 1.0, math.nan])
+def test_a_share_that_leaves_too_little_for_the_training_is_refused(share):
+    with pytest.raises(UsageRefusal, match=r"should lie in \[0, 0\.5\]"):
+        plan(share=share)
+
+
+def test_a_plan_whose_morphology_was_given_less_noise_by_hand_is_refused():
+    honest = plan()
+    greedy = honest.model_copy(update={"morphology": MorphologyPlan(share=0.04, noise_multiplier=1.0)})
+    with pytest.raises(BudgetRefusal, match="would spend epsilon"):
+        greedy.privacy_plan(budget(), "flat", 136).verify()
+
+
+def test_plans_made_before_there_was_a_share_are_read_and_learn_nothing():
+    content = section().model_dump(mode="json")
+    del content["configurations"]["3d_fullres"]["morphology"]
+    found = PrivacySection.model_validate(content).configurations["3d_fullres"]
+    assert found.morphology is None and found.privacy_plan(budget(), "flat", 136).morphology is None
+
+
+@pytest.mark.parametrize(("field", "wrong"), [("share", 0.0), ("share", 1.0), ("noise_multiplier", 0.0), ("sigma", 1)])
+def test_a_share_with_an_impossible_number_is_refused(field, wrong):
+    content = section().model_dump(mode="json")
+    content["configurations"]["3d_fullres"]["morphology"][field] = wrong
+    with pytest.raises(ValidationError, match=field):
+        PrivacySection.model_validate(content)
+
+
+# ---- the section -------------------------------------------------------------------------------------------------
+
+
 def test_the_small_schedule_is_recorded_and_keeps_the_same_budget():
     small = plan(compute="small")
     assert (small.compute, plan().compute) == ("small", "full")
@@ -207,6 +297,7 @@ def test_the_section_survives_json_unchanged():
 
 @pytest.mark.parametrize("place", [(), ("budget",), ("configurations", "3d_fullres"),
                                    ("configurations", "3d_fullres", "network"),
+                                   ("configurations", "3d_fullres", "morphology"),
                                    ("configurations", "3d_fullres", "clip_rules", "flat")])  # fmt: skip
 def test_a_section_with_an_unknown_field_is_refused(place):
     content = section().model_dump(mode="json")

@@ -11,7 +11,7 @@ from ordinary_plans import DATASET, ordinary_plans
 
 from nnunet_dp import status
 from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget
-from nnunet_dp.charges import LedgerError, epsilon_of
+from nnunet_dp.charges import MORPHOLOGY, LedgerError, epsilon_of
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger, TornLineWarning, read_ledger
 from nnunet_dp.mechanisms import SubsampledGaussian
@@ -69,7 +69,14 @@ def test_epsilon_is_that_of_the_ledgers_lines(fold):
     assert found.epsilon_spent == found.epsilon_dataset_total
 
 
+def learn(fold: Path, run: str = "model/fold_0/1") -> None:
+    """Charge what refinement learns."""
+    mechanism = SubsampledGaussian(PLAN.morphology.noise_multiplier)
+    Ledger(dataset_ledger(fold), run, "0a", fold / LEDGER, BUDGET.unit).charge(mechanism.charge(MORPHOLOGY, None))
+
+
 def test_a_finished_schedule_has_spent_its_target_and_no_more(fold):
+    learn(fold)
     charge(fold, range(PLAN.steps))
     found = read_status(fold)
     assert 0.99 * 8 <= found.epsilon_spent <= found.epsilon_target == 8
@@ -197,6 +204,25 @@ def test_a_step_that_a_crash_lost_for_good_is_not_called_done(fold):
     write_checkpoint({"init_args": {"charges": 4, "steps": 3}}, fold / FINAL)
     found = read_status(fold)
     assert (found.steps_done, found.steps_wasted) == (3, 1)
+
+
+def test_learning_for_refinement_is_spent_but_neither_a_step_nor_a_wasted_one(fold):
+    learn(fold)
+    charge(fold, range(4))
+    running = read_status(fold)
+    assert (running.steps_done, running.steps_wasted, running.entries) == (4, 0, 5)
+    assert running.epsilon_spent == epsilon_of(read_ledger(dataset_ledger(fold)), BUDGET.delta)
+    write_checkpoint({"init_args": {"charges": 4, "steps": 4}}, fold / FINAL)
+    finished = read_status(fold)
+    assert (finished.steps_done, finished.steps_wasted) == (4, 0)
+
+
+def test_the_line_of_morphology_does_not_stand_in_for_a_lost_step(fold):
+    learn(fold)
+    charge(fold, range(3))
+    write_checkpoint({"init_args": {"charges": 4, "steps": 4}}, fold / FINAL)
+    with pytest.raises(Refusal, match="proves at least 4 charges"):
+        read_status(fold)
 
 
 def test_a_copied_running_checkpoint_is_no_finished_model(fold):
