@@ -50,9 +50,12 @@ class Crashed(NamedTuple):
 
 @pytest.fixture(scope="module")
 def hippocampus(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """3d_fullres with regions and an ignore label, planned by ``nnunet-dp plan`` and trained to its end."""
+    """3d_fullres with regions and an ignore label, planned by ``nnunet-dp plan`` and trained to its end.
+
+    Ten patients are few for a vote: it gets a large share, so that its answers can be heard.
+    """
     place = with_variable(hippocampus_with_regions(tmp_path_factory.getbasetemp()))
-    place.plan("--epsilon", 8, "--delta", 1e-3, "--compute", "small")
+    place.plan("--epsilon", 8, "--delta", 1e-3, "--compute", "small", "--morphology-share", 0.3)
     model = Model(place, "nnUNetTrainerDP_AutoS", "nnUNetPlansDP_eps8")
     return Trained(model, model.train())
 
@@ -121,7 +124,7 @@ def test_the_budget_is_used_to_within_a_hundredth(hippocampus):
 def test_the_ledger_is_a_chain_and_lies_in_both_places(hippocampus):
     lines = hippocampus.model.place.charges()
     assert chain_holds(lines) and lines == hippocampus.model.copied_charges()
-    assert [line["first_step"] for line in lines] == list(range(len(lines)))
+    assert [line["first_step"] for line in lines] == [None, *range(len(lines) - 1)]
     assert not chain_holds(lines[1:]) and not chain_holds([{**lines[0], "noise_multiplier": 99.0}])
 
 
@@ -172,9 +175,63 @@ def test_the_same_plan_again_changes_nothing_and_another_needs_overwrite(hippoca
     place = hippocampus.model.place
     plans = place.preprocessed / "nnUNetPlansDP_eps8.json"
     before = plans.read_bytes()
-    place.plan("--epsilon", 8, "--delta", 1e-3, "--compute", "small")
+    place.plan("--epsilon", 8, "--delta", 1e-3, "--compute", "small", "--morphology-share", 0.3)
     assert "--overwrite" in place.plan("--epsilon", 8, "--delta", 1e-4, "--compute", "small", exit_code=2)
     assert plans.read_bytes() == before
+
+
+# ---- what the training learnt for refinement ---------------------------------------------------------------------
+
+
+def test_the_masks_were_asked_once_before_the_first_step_and_paid_for(hippocampus):
+    first, *steps = hippocampus.model.place.charges()
+    assert (first["purpose"], first["sampling_probability"], first["count"]) == ("morphology", 1.0, 1)
+    assert {line["purpose"] for line in steps} == {"training"}
+    assert "refinement rules learnt in the run (morphology.json)" in hippocampus.model.status()["covers"]
+
+
+def test_the_rules_lie_in_the_model_folder_and_name_what_paid_for_them(hippocampus):
+    rules = json.loads((hippocampus.model.folder / "morphology.json").read_text())
+    first = hippocampus.model.place.charges()[0]
+    assert rules["kind"] == "private" and rules["regions"] and rules["ignore_label"] == 3
+    assert rules["provenance"]["ledger_run"] == first["run"] and rules["provenance"]["ledger_sequence"] == 1
+    deviation = rules["provenance"]["l2_bound"] * first["noise_multiplier"]
+    assert rules["provenance"]["noise_standard_deviation"] == pytest.approx(deviation)
+    assert "Refinement learnt: " in hippocampus.console and "Refinement learnt: " in log_of(hippocampus.model)
+
+
+def test_predict_is_prediction_and_then_refinement(hippocampus, tmp_path):
+    place, model = hippocampus.model.place, hippocampus.model
+    chosen = ("-d", place.number, "-c", place.configuration, "-f", 0, "-tr", model.trainer, "-p", model.plans)
+    images = model.validation_images(tmp_path / "in")
+    where = ("-i", images, "-device", "cpu", "-npp", 1, "-nps", 1)
+    said = place.run("nnunet-dp", "predict", *chosen, *where, "-o", tmp_path / "ours")
+    assert "Refined" in said
+    rules, plain = model.folder / "morphology.json", model.fold_folder / "validation"
+    description = model.folder / "dataset.json"
+    apply = ("morph", "apply", "-i", plain, "-m", rules, "--dataset-json", description, "-np", 1)
+    place.run("nnunet-dp", *apply, "-o", tmp_path / "applied")
+    ours, applied = segmentations(tmp_path / "ours"), segmentations(tmp_path / "applied")
+    assert ours.keys() == applied.keys() and all(np.array_equal(ours[name], applied[name]) for name in ours)
+
+
+def test_plain_nnunet_refines_with_the_pickle(hippocampus, tmp_path):
+    model, plain = hippocampus.model, hippocampus.model.fold_folder / "validation"
+    files = ("-plans_json", model.folder / "plans.json", "-dataset_json", model.folder / "dataset.json")
+    pickle = model.folder / "postprocessing.pkl"
+    apply = ("-i", plain, "-o", tmp_path / "nnunet", "-pp_pkl_file", pickle, *files, "-np", 1)
+    model.place.run("nnUNetv2_apply_postprocessing", *apply)
+    rules = ("-m", model.folder / "morphology.json", "--dataset-json", model.folder / "dataset.json", "-np", 1)
+    model.place.run("nnunet-dp", "morph", "apply", "-i", plain, "-o", tmp_path / "ours", *rules)
+    theirs, ours = segmentations(tmp_path / "nnunet"), segmentations(tmp_path / "ours")
+    assert theirs.keys() == ours.keys() and all(np.array_equal(theirs[name], ours[name]) for name in ours)
+
+
+def test_learning_again_says_so_and_charges_nothing(hippocampus):
+    model, before = hippocampus.model, hippocampus.model.place.charges()
+    chosen = ("-d", model.place.number, "-c", model.place.configuration, "-tr", model.trainer, "-p", model.plans)
+    said = model.place.run("nnunet-dp", "morph", "learn", *chosen, "-f", 0)
+    assert "learnt before" in said and model.place.charges() == before
 
 
 # ---- a 2D training on ordinary plans, killed and continued -------------------------------------------------------

@@ -29,7 +29,9 @@ from nnunet_dp.planning import (
     MorphologyPlan,
     PrivacySection,
     clip_rules,
+    covered,
     features,
+    morphology,
     parameter_limit,
     patches_per_patient,
     plan_configuration,
@@ -37,6 +39,7 @@ from nnunet_dp.planning import (
     stages,
     steps,
 )
+from nnunet_dp.shape_votes import audible
 
 HALVED_3D = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]
 HALVED_2D = [[1, 1], *[[2, 2]] * 5]
@@ -85,7 +88,7 @@ def test_the_same_public_facts_give_the_same_plan():
 
 def test_neither_fold_nor_hardware_nor_data_can_reach_the_plan():
     facts = {"budget", "patients", "patch_size", "strides", "count_parameters", "compute", "image_shape"}
-    facts |= {"morphology_share"}
+    facts |= {"morphology_share", "classes"}
     assert set(inspect.signature(plan_configuration).parameters) == facts
 
 
@@ -224,6 +227,27 @@ def test_a_larger_share_leaves_the_training_more_noise_and_the_votes_less():
 def test_a_share_that_leaves_too_little_for_the_training_is_refused(share):
     with pytest.raises(UsageRefusal, match=r"should lie in \[0, 0\.5\]"):
         plan(share=share)
+
+
+def test_a_share_that_no_vote_would_be_heard_in_is_given_to_the_training():
+    few, many = plan(1.0, 40), plan(1.0, 9000)
+    assert few.morphology is None and many.morphology is not None
+    assert few == plan(1.0, 40, share=0.0)
+    counts = [morphology(budget(1.0), 0.04, 170, classes) is not None for classes in range(1, 40)]
+    assert counts == sorted(counts, reverse=True) and len(set(counts)) == 2
+
+
+def test_what_the_plan_reserves_is_heard_by_the_smallest_fold_it_was_made_for():
+    for patients in range(20, 400, 7):
+        found = morphology(budget(3.0), 0.04, patients, 2)
+        units = int(TRAINING_SHARE * patients)
+        heard = audible(units, 1 / (math.sqrt(0.04) * gaussian_mu(budget(3.0))), 2)
+        assert (found is not None) == (heard > 0)
+
+
+def test_a_plan_says_that_its_epsilon_covers_the_rules_only_where_it_learns_them():
+    assert any("morphology.json" in covers for covers in covered(section(), "3d_fullres"))
+    assert covered(section(), "2d") == section().covers
 
 
 def test_a_plan_whose_morphology_was_given_less_noise_by_hand_is_refused():

@@ -303,16 +303,22 @@ def test_other_rules_than_the_models_may_be_named(prediction_of_nnunet, tmp_path
     assert "per_image" in refined_folder.predict(arguments, refining=True, rules=tmp_path / "mine.json")
 
 
+def images_of(volumes: Path) -> Path:
+    """A folder of images of which the volumes are predictions."""
+    folder = volumes.with_name("images")
+    folder.mkdir()
+    for file in volumes.glob("*.nii.gz"):
+        shutil.copy(file, folder / file.name.replace(".nii.gz", "_0000.nii.gz"))
+    return folder
+
+
 def test_a_part_of_several_leaves_alone_what_another_part_is_writing_meanwhile(
     prediction_of_nnunet, volumes, tmp_path, monkeypatch
 ):
     _, model = prediction_of_nnunet
     write_morphology(RULES, model / FILE)
-    out, images = tmp_path / "out", tmp_path / "images"
+    out, images = tmp_path / "out", images_of(volumes)
     shutil.copytree(volumes, out)
-    images.mkdir()
-    for seed in range(3):
-        write_volume(prediction(seed), images / f"tube_{seed}_0000.nii.gz", **GEOMETRY)
 
     def predict(arguments):
         time.sleep(0.05)  # file times are coarse
@@ -330,7 +336,8 @@ def test_a_part_without_images_of_its_own_has_nothing_to_refine(prediction_of_nn
     write_morphology(RULES, model / FILE)
     shutil.copytree(volumes, tmp_path / "out")
     monkeypatch.setattr(nnunet, "predict", lambda _: None)
-    arguments = [*ARGUMENTS, "-o", str(tmp_path / "out"), "-num_parts", "9", "-part_id", "8"]
+    parts = ["-num_parts", "9", "-part_id", "8"]
+    arguments = [*ARGUMENTS[:-1], str(images_of(volumes)), "-o", str(tmp_path / "out"), *parts]
     assert "Refined 0 predictions" in refined_folder.predict(arguments, refining=True)
 
 

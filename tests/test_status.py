@@ -172,7 +172,7 @@ def test_finished_means_that_the_final_model_is_there(fold):
 def test_a_checkpoint_that_proves_more_charges_than_there_are_lines_is_refused(fold, name, content):
     charge(fold, range(3))
     write_checkpoint(content, fold / name)
-    with pytest.raises(Refusal, match="proves at least 4 charges, found 3 ledger lines"):
+    with pytest.raises(Refusal, match="proves at least 4 charges, found 3 in the ledger"):
         read_status(fold)
     charge(fold, [3])
     assert read_status(fold).entries == 4
