@@ -20,6 +20,7 @@ _SAFE_BLOCKS = frozenset(
     "PlainConvUNet ResidualEncoderUNet PlainConvEncoder ResidualEncoder UNetDecoder ConvDropoutNormReLU "
     "StackedConvBlocks StackedResidualBlocks BasicBlockD BottleneckD".split()
 )
+_MORPHOLOGY_BUFFERS = ("radii", "operation", "at_prediction", "over_background")
 
 
 def refuse_coupling(network: nn.Module) -> None:
@@ -34,12 +35,14 @@ def refuse_coupling(network: nn.Module) -> None:
             raise Refusal(f"{kind} at '{name}' couples patients or keeps un-noised statistics: use InstanceNorm")
         if kind.startswith("Dropout"):
             raise Refusal(f"{kind} at '{name}' draws from one stream for all patients: set dropout_op to null")
+        if "forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+            raise Refusal(f"{kind} at '{name}' carries a function or hook of its own: it was never examined")
         known = (home.startswith("torch.nn.") and kind in _SAFE_TORCH) or (
             home.startswith("dynamic_network_architectures.") and kind in _SAFE_BLOCKS
         )
         if not known and type(module) not in (SoftMorphology, MorphedNetwork):
             raise Refusal(f"module {home}.{kind} at '{name}' was never examined for privacy: use nnU-Net's U-Nets")
-    morphed = (module for module in network.modules() if type(module) is SoftMorphology)
-    examined = {id(buffer) for module in morphed for buffer in module.buffers()}
+    morphed = [module for module in network.modules() if type(module) is SoftMorphology]
+    examined = {id(getattr(module, name)) for module in morphed for name in _MORPHOLOGY_BUFFERS}
     for name in (name for name, buffer in network.named_buffers() if id(buffer) not in examined):
         raise Refusal(f"the network keeps a buffer '{name}', which would be released without noise")

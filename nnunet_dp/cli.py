@@ -9,7 +9,7 @@ phantom    :func:`nnunet_dp.phantoms.write_dataset`         the folder and what 
 plan       :func:`nnunet_dp.nnunet.plan_dataset`            the plan as a table or as JSON
 status     :func:`nnunet_dp.status.read_status`             what was spent, as a table or as JSON
 morph      :mod:`nnunet_dp.learning`, ``refined_folder``    the rules, or how many files were refined
-predict    :func:`nnunet_dp.refined_folder.predict`         nnU-Net's output, and what was refined
+predict    :func:`nnunet_dp.prediction.predict`             nnU-Net's output, and what was refined
 evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with intervals
 =========  ===============================================  =====================================
 
@@ -374,7 +374,7 @@ def apply_command(
         done = refine_folder(
             source, target, read_morphology(rules), dataset_json=dataset_json, processes=processes, progress=progress
         )
-    typer.echo(f"Refined {done} predictions into {target}")
+    typer.echo(f"Refined {done} predictions into {target}, by {read_morphology(rules).kind} rules")
 
 
 @app.command(
@@ -398,7 +398,7 @@ def predict_command(
     Example:
       nnunet-dp predict -d 4 -c 3d_fullres -f 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8 -i IMAGES -o OUT
     """
-    from nnunet_dp.refined_folder import predict
+    from nnunet_dp.prediction import predict
 
     with _progress("Refining") as progress:
         typer.echo(predict(context.args, not no_morphology, rules, progress))

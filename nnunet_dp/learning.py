@@ -4,13 +4,14 @@ A private training learns by itself, once, before its first step, if its plan re
 ``nnunet-dp morph learn`` does it for a run that has not. Rules from a file, from phantoms or from public constants cost
 nothing.
 
-    MODEL/fold_X/morphology.json    what the run of that fold learnt
-    MODEL/morphology.json           what is applied: the operations on which all folds agree, or the free rules
+    MODEL/fold_X/morphology.json    what the run of that fold learnt, for predictions by that fold
+    MODEL/morphology.json           the operations on which all folds agree, for their ensemble; or free rules, for all
     MODEL/postprocessing.pkl        the same for nnUNetv2_apply_postprocessing; local
 
 Formal guarantee:
     The only function here that looks at reference masks of real patients is ``learn_for_run``, through
-    ``shape_votes.learn``, which charges the run's ledger first; a run whose total would pass its budget is refused.
+    ``shape_votes.learn``, which charges the run's ledger before anything is released; a run whose total would pass its
+    budget is refused. No patient's mask decides whether there is a release.
 """
 
 from __future__ import annotations
@@ -114,9 +115,12 @@ def learn_once(
 ) -> str:
     """Learn for a run that has not yet, and write the model's files; a sentence about what happened."""
     if plan.morphology is None:
+        place(fold.parent, spacing_mm=facts.common_spacing_mm)
         return "Refinement: this plan gives its whole budget to the training; nothing is learnt from the masks."
     if any(entry.purpose == MORPHOLOGY for entry in ledger.own_entries):
-        if (fold / FILE).is_file():
+        known = own_rules(fold, ledger)
+        place(fold.parent, spacing_mm=facts.common_spacing_mm)
+        if known is not None:
             return f"Refinement: learnt before, {FILE} is there."
         return f"Refinement: charged, but the run died before {FILE} was written; predictions stay as they are."
     ballot = ballot_for(facts.dataset_json, facts.spacing_mm, len(facts.slots), plan.morphology.noise_multiplier)
@@ -132,6 +136,15 @@ def learn_once(
     dropped = place(fold.parent, spacing_mm=facts.common_spacing_mm)
     note = f" ({PICKLE} for plain nnU-Net leaves out {', '.join(dropped)}: spacings differ)" if dropped else ""
     return "Refinement learnt: " + "; ".join(f"{label.strip()}: {text}" for label, text in lines(found)[1:]) + note
+
+
+def own_rules(fold: Path, ledger: Ledger) -> Morphology | None:
+    """The rules of the fold's folder, if the ledger's run paid for them; None for foreign, hand-made or lost ones."""
+    if not (fold / FILE).is_file():
+        return None
+    rules = read_morphology(fold / FILE)
+    paid = {(entry.run, entry.sequence) for entry in ledger.own_entries if entry.purpose == MORPHOLOGY}
+    return rules if rules.kind == "private" and rules.paid_by in paid else None
 
 
 @dataclass(frozen=True)
@@ -236,7 +249,7 @@ def learn_for_model(model: Path, fold: str, dataset_folder: Path, processes: int
             "pass the target; --fixed FILE, --from-phantom KIND and --per-image cost nothing"
         )
     if state["data"] != data_digest(configuration_folder(dataset_folder, plans, configuration), slots, chosen):
-        raise Refusal("the dataset, its split or its patients changed since the training: its masks are other masks")
+        raise Refusal("the dataset, its split or its patients changed since the training")
     ledger = run.resume(state, patients.unit, patients.table_sha256)
     description = json.loads((dataset_folder / "dataset.json").read_text())
     facts = reference_facts(dataset_folder, slots, plans, description, configuration, processes)
@@ -270,8 +283,12 @@ def votes_of(
 
 
 def _votes_of(item: tuple[Ballot, tuple[Path, ...], SegmentationFiles]) -> np.ndarray:
+    """A patient whose mask cannot be read or is no mask votes nothing: it must not decide whether others are heard."""
     ballot, references, files = item
-    return ballot.votes(files.read(file)[:2] for file in references)
+    try:
+        return ballot.votes(files.read(file)[:2] for file in references)
+    except Exception:
+        return ballot.votes(())
 
 
 def _reported(results: Iterator[np.ndarray], total: int, progress: Progress | None) -> Iterator[np.ndarray]:
@@ -303,16 +320,38 @@ def place(
     Returns:
         Operations that nnU-Net's pickle cannot hold without a spacing.
 
-    Raises:
-        UsageRefusal: when there is nothing to join.
+    Free rules that are there stay, unless others are given. Where nothing was learnt, what an archived run had learnt
+    is taken away.
     """
     if morphology is None:
-        learnt = sorted(model.glob(f"fold_*/{FILE}"))
+        if (model / FILE).is_file() and read_morphology(model / FILE).kind not in ("private", "not_private"):
+            return ()
+        learnt = _learnt([file.parent for file in sorted(model.glob(f"fold_*/{FILE}"))])
         if not learnt:
-            raise UsageRefusal(f"no fold of {model.name} has learnt a {FILE}")
-        morphology = agreed([read_morphology(file) for file in learnt])
+            for file in (model / FILE, model / PICKLE):
+                file.unlink(missing_ok=True)
+            return ()
+        morphology = agreed(learnt)
     write_morphology(morphology, model / FILE)
     return write_pickle(morphology, model, spacing_mm)
+
+
+def _learnt(folds: Sequence[Path]) -> list[Morphology]:
+    """What the folds have learnt privately, for the classes of the first."""
+    known = [read_morphology(fold / FILE) for fold in folds if (fold / FILE).is_file()]
+    private = [rules for rules in known if rules.kind == "private"]
+    return [rules for rules in private if rules.without_operations() == private[0].without_operations()]
+
+
+def rules_of(model: Path, folds: Sequence[str]) -> Morphology | None:
+    """The rules for predictions by these folds: free ones that lie in the model's folder, else what these folds learnt.
+
+    Rules of other folds are never used: the runs of the folds that predict have paid for what is applied.
+    """
+    if (model / FILE).is_file() and read_morphology(model / FILE).kind not in ("private", "not_private"):
+        return read_morphology(model / FILE)
+    learnt = _learnt([model / f"fold_{fold}" for fold in folds])
+    return agreed(learnt) if len(learnt) == len(folds) else None
 
 
 @dataclass(frozen=True)

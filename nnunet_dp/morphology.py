@@ -148,6 +148,12 @@ class Morphology(_Frozen):
             raise ValueError("background and the ignore label are no classes")
         return self
 
+    @property
+    def paid_by(self) -> tuple[str, int] | None:
+        """Run and sequence number of the ledger line that paid for rules learnt from masks."""
+        run, sequence = self.provenance.get("ledger_run"), self.provenance.get("ledger_sequence")
+        return (run, sequence) if isinstance(run, str) and isinstance(sequence, int) else None
+
     def without_operations(self) -> Morphology:
         """The classes alone."""
         classes = tuple(rule.model_copy(update={"operations": ()}) for rule in self.classes)

@@ -28,6 +28,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -442,6 +443,11 @@ class SegmentationFiles:
     def write(self, segmentation: np.ndarray, file: Path, properties: dict[str, Any]) -> None:
         """Write labels [*spatial] with the geometry they were read with."""
         self._io.write_seg(segmentation, str(file), properties)
+
+
+def input_cases(folder: Path, file_ending: str) -> list[str]:
+    """Names of the cases whose images lie in a folder, in nnU-Net's order (which its ``-num_parts`` divides)."""
+    return [str(case) for case in get_identifiers_from_splitted_dataset_folder(str(folder), file_ending)]
 
 
 def predict(arguments: list[str]) -> None:

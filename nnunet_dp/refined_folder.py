@@ -1,4 +1,4 @@
-"""A folder of predictions in, a refined folder out: ``nnunet-dp morph apply``, and the second half of ``predict``.
+"""A folder of predictions in, a refined folder out: ``nnunet-dp morph apply``, and the end of ``nnunet-dp predict``.
 
 Post-processing: it reads predictions and ``morphology.json`` and nothing else, so it costs no privacy. Files are
 replaced whole or not at all; since refinement is idempotent, a run that was killed is simply started again.
@@ -9,13 +9,11 @@ passes no spacing: radii are kept only where the caller says that one spacing ho
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import pickle
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
@@ -26,7 +24,7 @@ import numpy as np
 
 from nnunet_dp import nnunet
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.morphology import FILE, Closing, Morphology, Opening, classes_from, read_morphology, write_morphology
+from nnunet_dp.morphology import FILE, Closing, Morphology, Opening, classes_from, write_morphology
 from nnunet_dp.nnunet import SegmentationFiles
 from nnunet_dp.refinement import refine
 from nnunet_dp.replacing import replacing
@@ -64,6 +62,8 @@ def refine_folder(
     """
     description = read_description(source, dataset_json)
     refuse_other_classes(morphology, description)
+    if morphology.kind == "not_private":
+        raise UsageRefusal("these rules were learnt from masks without noise, for comparison only: learn private ones")
     plans = json.loads((source / "plans.json").read_text()) if (source / "plans.json").is_file() else None
     ending = description["file_ending"]
     names = sorted(file.name for file in source.glob(f"*{ending}") if only is None or file.name in only)
@@ -132,58 +132,6 @@ def _carry_along(source: Path, target: Path, morphology: Morphology, dataset_jso
         if file.is_file() and file.resolve() != (target / name).resolve():
             shutil.copyfile(file, target / name)
     write_morphology(morphology, target / FILE)
-
-
-# ---- predict, then refine ----------------------------------------------------------------------------------------
-
-
-def predict(
-    arguments: Sequence[str], refining: bool, rules: Path | None = None, progress: Progress | None = None
-) -> str:
-    """``nnUNetv2_predict`` with its own arguments, then refinement of its output, in place.
-
-    Args:
-        arguments: of ``nnUNetv2_predict``.
-        refining: whether to refine.
-        rules: a morphology file; None takes the model's.
-        progress: told (files refined, files in all).
-
-    Returns:
-        A sentence about what was done.
-
-    Raises:
-        UsageRefusal: before predicting, when the model has no rules.
-    """
-    known = _prediction_arguments(arguments)
-    if not refining or known is None:
-        nnunet.predict(list(arguments))
-        return "Not refined."
-    file = rules or nnunet.model_folder(known.d, known.tr, known.p, known.c) / FILE
-    if not file.is_file():
-        raise UsageRefusal(
-            f"{file.parent.name} has no {FILE}: give --no-morph, or free rules with `nnunet-dp morph learn ... "
-            "--per-image`"
-        )
-    morphology, output, began = read_morphology(file), Path(known.o), time.time()
-    nnunet.predict(list(arguments))
-    mine = None
-    if known.num_parts > 1:  # other parts may be writing to the folder
-        mine = [item.name for item in output.iterdir() if item.stat().st_mtime >= began]
-    done = refine_folder(output, output, morphology, only=mine, processes=known.nps, progress=progress)
-    return f"Refined {done} predictions in {known.o} ({morphology.kind} rules of {file.parent.name})."
-
-
-def _prediction_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
-    """What we need of ``nnUNetv2_predict``'s arguments; None where it will only print its help."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    for flag in ("-o", "-d", "-c"):
-        parser.add_argument(flag)
-    parser.add_argument("-p", default="nnUNetPlans")
-    parser.add_argument("-tr", default="nnUNetTrainer")
-    parser.add_argument("-nps", type=int, default=2)
-    parser.add_argument("-num_parts", type=int, default=1)
-    known, _ = parser.parse_known_args(list(arguments))
-    return known if None not in (known.o, known.d, known.c) else None
 
 
 # ---- nnU-Net's own form ------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ import torch
 from nnunet_dp.charges import FIRST_PREVIOUS, LedgerEntry
 from nnunet_dp.errors import Refusal
 from nnunet_dp.ledger import Ledger, read_ledger
+from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.replacing import replacing
 
 LEDGER = "privacy_ledger.jsonl"
@@ -144,7 +145,7 @@ class RunFolder:
     def _archive(self, keep: Path | None) -> str | None:
         """Move an older run's files to ``archive/`` beside the fold (nnU-Net parses every fold_*); say where."""
         old = [file for file in self.folder.iterdir() if file.name != _LOCK and file != keep]
-        if not any(file.name in (LEDGER, LATEST, FINAL) for file in old):
+        if not any(file.name in (LEDGER, LATEST, FINAL, RULES) for file in old):
             return None
         target = self.folder.parent / "archive" / f"{self.folder.name}_{secrets.token_hex(4)}"
         target.mkdir(parents=True)

@@ -34,13 +34,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from nnunet_dp.ball_morphology import opened
 from nnunet_dp.charges import MORPHOLOGY
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.mechanisms import ClippedSum, SubsampledGaussian, fresh_generator
 from nnunet_dp.morphology import (
     ClassRefinement,
-    Closing,
     FillHoles,
     KeepLargest,
     Morphology,
@@ -52,7 +52,8 @@ from nnunet_dp.refinement import refine
 Mask = tuple[np.ndarray, Sequence[float]]  # integer labels [*spatial], spacing_mm
 
 PRESENCE_WEIGHT = 0.5  # presence is only compared with; its own noise may be twice that of a vote
-ERROR_RATE_Z = 1.645  # one-sided 5 %: of acceptance where patients are evenly divided, and of missing a unanimous vote
+ERROR_RATE_Z = 1.645  # one-sided 5 %: of accepting where patients are evenly divided
+GRID = 1e-3  # of the noise: what is released is rounded to it, so that nothing hides in the last digits
 WANTED_SHARE = 0.9  # of the patients whose masks an allowed operation should leave as they are
 
 
@@ -99,7 +100,7 @@ def questions_for(
 
 
 def audible(units: int, noise_multiplier: float, classes: int) -> int:
-    """How many questions keep a unanimous vote of ``units`` patients above its threshold, in 95 of 100 releases."""
+    """How many questions a unanimous vote of ``units`` patients survives in more than nine of ten releases."""
     asked = len(questions((1.0,)))
     while asked and units < 2 * ERROR_RATE_Z * noise_multiplier * _l2_bound(classes, asked):
         asked -= 1
@@ -159,20 +160,24 @@ class Ballot:
     def _left_alone(
         self, question: Question, rule: ClassRefinement, segmentation: np.ndarray, spacing_mm: Sequence[float]
     ) -> bool:
-        only = Morphology(
-            kind="fixed",
-            regions=self.regions,
-            ignore_label=self.ignore_label,
-            classes=(rule.model_copy(update={"operations": (_unguarded(question.operation),)}),),
-        )
         before = np.isin(segmentation, rule.labels)
-        after = refine(segmentation, only, spacing_mm) == rule.writes
+        after = self._after(question.operation, rule, segmentation, spacing_mm)
         return bool(2 * np.count_nonzero(before & after) >= question.least_dice * (before.sum() + after.sum()))
 
-
-def _unguarded(operation: Operation) -> Operation:
-    """The operation as it acts on a reference mask: a guard that skips it would make every patient vote yes."""
-    return operation if isinstance(operation, Closing | FillHoles) else operation.model_copy(update={"least_kept": 0.0})
+    def _after(
+        self, operation: Operation, rule: ClassRefinement, segmentation: np.ndarray, spacing_mm: Sequence[float]
+    ) -> np.ndarray:
+        """The class in a reference mask after the operation, without the guards that spare a prediction."""
+        if isinstance(operation, Opening):  # refine would not let it empty a class
+            axes = [axis for axis, size in enumerate(segmentation.shape) if size > 1]
+            mask = np.isin(segmentation, rule.labels).reshape([segmentation.shape[axis] for axis in axes])
+            step = [float(spacing_mm[axis]) for axis in axes]
+            return opened(mask, operation.radius_mm or 0.0, step).reshape(segmentation.shape)
+        asked = operation.model_copy(update={"least_kept": 0.0}) if isinstance(operation, KeepLargest) else operation
+        others = {other.name: () for other in self.classes} | {rule.name: (asked,)}
+        classes = tuple(other.model_copy(update={"operations": others[other.name]}) for other in self.classes)
+        rules = Morphology(kind="fixed", regions=self.regions, ignore_label=self.ignore_label, classes=classes)
+        return np.isin(refine(segmentation, rules, spacing_mm), rule.labels)
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,8 @@ def learn(
     receipt = ledger.charge(mechanism.charge(MORPHOLOGY, None), checkpoint)
     (noised,) = mechanism.release(total, receipt, fresh_generator("cpu")).tensors
     deviation = mechanism.noise_multiplier * ballot.l2_bound
-    given = answers(ballot, noised.numpy(), deviation)
+    grid = GRID * deviation
+    given = answers(ballot, np.round(noised.numpy() / grid) * grid, deviation)
     paid = ledger.own_entries[-1]
     return _morphology(ballot, given, "private").model_copy(
         update={

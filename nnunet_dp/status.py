@@ -112,24 +112,20 @@ def read_status(folder: Path) -> Status:
     if dataset is not None and {entry.hash for lines in copies.values() for entry in lines} - {e.hash for e in dataset}:
         raise Refusal(f"charges in a model folder are missing from the dataset's {LEDGER}: put it back from a backup")
     mine = _run_entries(folder, copies.get(copy, ()), dataset)
-    charged = _steps_charged(mine)
-    if charged < proved:
+    charged = sum(entry.count for entry in mine)
+    if charged < proved or _steps_charged(mine) < (taken or 0):
         raise Refusal(
             f"the checkpoint in {folder.name} proves at least {proved} charges, found {charged} in the ledger: put "
             f"{LEDGER} back from a backup"
         )
-    if (folder / FILE).is_file() and _was_released(folder / FILE) and not any(e.purpose == MORPHOLOGY for e in mine):
+    paid = [(entry.run, entry.sequence) for entry in mine if entry.purpose == MORPHOLOGY]
+    if (folder / FILE).is_file() and read_morphology(folder / FILE).paid_by not in (None, *paid):
         raise Refusal(f"{FILE} in {folder.name} was learnt from masks, but no charge paid for it: put {LEDGER} back")
     return _status(section, configuration, mine, dataset, taken)
 
 
 def _steps_charged(entries: tuple[LedgerEntry, ...]) -> int:
     return sum(entry.count for entry in entries if entry.purpose == TRAINING)
-
-
-def _was_released(file: Path) -> bool:
-    rules = read_morphology(file)
-    return rules.kind == "private" and "ledger_run" in rules.provenance
 
 
 def _run_entries(

@@ -34,16 +34,19 @@ from nnunet_dp import nnunet
 from nnunet_dp import plans as private_plans
 from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import epsilon_of
+from nnunet_dp.clipping import RULE_NAMES
 from nnunet_dp.dpsgd import Execution, PrivateTraining
 from nnunet_dp.errors import Refusal
-from nnunet_dp.learning import boxes_around, learn_once, reference_facts
+from nnunet_dp.learning import boxes_around, learn_once, own_rules, reference_facts
 from nnunet_dp.loading import PatientLoader
-from nnunet_dp.morphology import FILE, read_morphology
+from nnunet_dp.morphology import FILE
 from nnunet_dp.patients import Patients
 from nnunet_dp.report import banner, plot_spending
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
 from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 from nnunet_dp.splits import fold_slots
+
+IN_NETWORK = (None, "fixed", "adaptive", "training_only")  # morphology of the logits
 
 
 def _refuse_cleanly(method):
@@ -76,7 +79,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
     """
 
     clip_rule = "flat"
-    in_network: str | None = None  # morphology of the logits: "fixed", "adaptive" or "training_only"
+    in_network: str | None = None
     validation_batches = 4
     validation_batch_size = 8
 
@@ -109,6 +112,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.num_epochs = math.ceil(self.private_plan.steps / self.num_iterations_per_epoch)
         self.private: PrivateTraining | None = None
         self._resume: dict | None = None
+        self._radii = self._radii_to_resume = None
         self._only_weights = False
 
     # ---- refusals, all before the first charge -----------------------------------------------------------------
@@ -161,6 +165,10 @@ class nnUNetTrainerDP(nnUNetTrainer):
         allowed = {"clip_rule", "in_network", "__module__", "__doc__", "__qualname__"}
         allowed |= {"__firstlineno__", "__static_attributes__"}
         changed = {name for kind in order[:own] for name in vars(kind)} - allowed
+        for kind in order[: own + 1]:  # plain words, no properties: nothing of a subclass runs
+            for name, words in (("clip_rule", RULE_NAMES), ("in_network", IN_NETWORK)):
+                if name in vars(kind) and vars(kind)[name] not in words:
+                    changed.add(name)
         changed |= {name for name, value in vars(self).items() if callable(value) and hasattr(type(self), name)}
         if changed:
             raise Refusal(f"{type(self).__name__} overrides {', '.join(sorted(changed))}: it was never examined")
@@ -302,8 +310,15 @@ class nnUNetTrainerDP(nnUNetTrainer):
         )  # fmt: skip
         fold, training = Path(self.output_folder), self.private
         self.print_to_log_file(learn_once(fold, training.plan, training.ledger, facts, training.checkpoint))
-        if self.in_network == "adaptive" and (fold / FILE).is_file():
-            self._open_logits(boxes_around(read_morphology(fold / FILE), self.configuration_manager.spacing))
+        if self.in_network == "adaptive":
+            rules = own_rules(fold, training.ledger)  # only what this run's own charge paid for
+            radii = boxes_around(rules, self.configuration_manager.spacing) if rules else None
+            if self._radii_to_resume is not None and self._radii_to_resume != radii:
+                raise Refusal(f"{FILE} in {fold.name} is not the one this run began with: put it back from a backup")
+            self._radii = radii
+            if radii is not None:
+                self._open_logits(radii)
+            self._save_latest()
 
     def _heads(self):
         return self.label_manager.num_segmentation_heads - (not self.label_manager.has_regions)
@@ -431,13 +446,14 @@ class nnUNetTrainerDP(nnUNetTrainer):
         weights = self._module().state_dict()
         content = nnunet.final_checkpoint(
             weights, type(self).__name__, self.configuration_name, self.fold, self.inference_allowed_mirroring_axes,
-            self.private.ledger.run, self.private.charged, self.private.step,
+            self.private.ledger.run, sum(entry.count for entry in self.private.ledger.own_entries), self.private.step,
         )  # fmt: skip
         write_checkpoint(content, Path(filename))
 
     def _save_latest(self):
         state = self.private.next_state(self._data_digest)
         content = {"private": state, "epoch": self.current_epoch, "logging": self.logger.get_checkpoint()}
+        content["radii"] = self._radii  # public: the outcome of the charged vote
         write_checkpoint(content, Path(self.output_folder) / LATEST)
         self.private.saved(state)
 
@@ -455,6 +471,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
             self._only_weights = True
         elif "private" in checkpoint:
             self._resume = checkpoint["private"]
+            self._radii = self._radii_to_resume = checkpoint.get("radii")
             self.current_epoch = checkpoint["epoch"]
             self.logger.load_checkpoint(checkpoint["logging"])
         else:

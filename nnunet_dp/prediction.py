@@ -1,0 +1,72 @@
+"""``nnunet-dp predict``: nnU-Net predicts, then the predictions are refined where they lie.
+
+Only the cases of this call are refined, by rules that the folds which predict have paid for (``learning.rules_of``).
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from nnunet_dp import nnunet
+from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.learning import rules_of
+from nnunet_dp.morphology import read_morphology
+from nnunet_dp.refined_folder import read_description, refine_folder
+
+Progress = Callable[[int, int], None]
+
+
+def predict(
+    arguments: Sequence[str], refining: bool, rules: Path | None = None, progress: Progress | None = None
+) -> str:
+    """``nnUNetv2_predict`` with its own arguments, then refinement of its output, in place.
+
+    Args:
+        arguments: of ``nnUNetv2_predict``.
+        refining: whether to refine.
+        rules: a morphology file; None takes the model's.
+        progress: told (files refined, files in all).
+
+    Returns:
+        A sentence about what was done.
+
+    Raises:
+        UsageRefusal: before predicting, when the model has no rules.
+    """
+    known = _prediction_arguments(arguments)
+    if not refining or known is None:
+        nnunet.predict(list(arguments))
+        return "Not refined."
+    model = nnunet.model_folder(known.d, known.tr, known.p, known.c)
+    morphology = read_morphology(rules) if rules else rules_of(model, known.f)
+    if morphology is None:
+        raise UsageRefusal(
+            f"{model.name} has no refinement rules of fold {', '.join(known.f)}: give --no-morph, name the trained "
+            "folds with -f, or place free rules with `nnunet-dp morph learn ... --per-image`"
+        )
+    output = Path(known.o)
+    nnunet.predict(list(arguments))
+    description = read_description(output, None)
+    cases = nnunet.input_cases(Path(known.i), description["file_ending"])[known.part_id :: known.num_parts]
+    mine = [case + description["file_ending"] for case in cases]
+    if not mine:
+        return "Refined 0 predictions: this part has no images."
+    done = refine_folder(output, output, morphology, only=mine, processes=known.nps, progress=progress)
+    return f"Refined {done} predictions in {known.o} ({morphology.kind} rules)."
+
+
+def _prediction_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """What we need of ``nnUNetv2_predict``'s arguments; None where it will only print its help."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    for flag in ("-i", "-o", "-d", "-c"):
+        parser.add_argument(flag)
+    parser.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"])
+    parser.add_argument("-p", default="nnUNetPlans")
+    parser.add_argument("-tr", default="nnUNetTrainer")
+    parser.add_argument("-nps", type=int, default=2)
+    parser.add_argument("-num_parts", type=int, default=1)
+    parser.add_argument("-part_id", type=int, default=0)
+    known, _ = parser.parse_known_args(list(arguments))
+    return known if None not in (known.i, known.o, known.d, known.c) else None
