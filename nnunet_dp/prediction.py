@@ -60,7 +60,8 @@ def predict(
 def _prediction_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:
     """What we need of ``nnUNetv2_predict``'s arguments; None where it will only print its help."""
     parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    for flag in ("-i", "-o", "-d", "-c"):
+    others = ("-device", "-step_size", "-chk", "-npp", "-prev_stage_predictions")  # named, lest -device be read as -d
+    for flag in ("-i", "-o", "-d", "-c", *others):
         parser.add_argument(flag)
     parser.add_argument("-f", nargs="+", default=["0", "1", "2", "3", "4"])
     parser.add_argument("-p", default="nnUNetPlans")

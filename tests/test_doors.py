@@ -134,7 +134,7 @@ def test_the_final_checkpoint_holds_weights_and_nothing_of_the_training(hippocam
     assert content["trainer_name"] == "nnUNetTrainerDP_AutoS"
     lines = hippocampus.model.place.charges()
     count = len(lines)
-    public = {"configuration": "3d_fullres", "fold": 0, "run": lines[0]["run"], "charges": count, "steps": count}
+    public = {"configuration": "3d_fullres", "fold": 0, "run": lines[0]["run"], "charges": count, "steps": count - 1}
     assert content["init_args"] == public
     neutral = ("optimizer_state", "grad_scaler_state", "logging", "_best_ema", "current_epoch")
     assert all(is_neutral(content[key]) for key in neutral)
