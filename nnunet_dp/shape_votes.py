@@ -10,7 +10,7 @@ it; applied to a prediction, it then takes away what reference masks do not have
 >>> ballot = Ballot((rule,), questions_for(units=100, noise_multiplier=5.0, classes=1, spacing_mm=(1.0, 1.0)))
 >>> two_specks = np.array([[1, 1, 0, 0, 1]], np.uint8).repeat(2, 0)
 >>> [question.name for question in ballot.questions], ballot.votes([(two_specks, (1.0, 1.0))]).tolist()
-(['keep_largest', 'fill_holes', 'opening'], [[-1.0, 1.0, 1.0, 0.5]])
+(['keep_largest', 'fill_holes', 'opening'], [[-1.0, 1.0, -1.0, 0.5]])
 
 Formal guarantee:
     With the slot of one patient zeroed, the sum of the votes changes by at most ``Ballot.l2_bound`` in L2 norm over all
