@@ -310,7 +310,9 @@ def learn_command(
     per_image: Annotated[
         bool, typer.Option("--per-image", help="Free: public rules that follow each image's own prediction.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace rules that are there already.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the rules that are there; alone: go back to the learnt ones.")
+    ] = False,
     processes: Annotated[int, typer.Option("-np", min=1, help="Processes that read masks.")] = 2,
     as_json: AsJson = False,
 ) -> None:
@@ -339,11 +341,13 @@ def learn_command(
         said = "These rules cost nothing."
     else:
         with _progress("Asking training patients") as progress:
-            said = learning.learn_for_model(model, fold, preprocessed_folder(dataset), processes, progress)
+            folder = preprocessed_folder(dataset)
+            said = learning.learn_for_model(model, fold, folder, processes, progress, overwrite)
     _show(learning.RulesReport(model), as_json)
     if not as_json:
         typer.echo(said)
-        typer.echo(f"Next: nnunet-dp predict -d {dataset} -c {configuration} -tr {trainer} -p {plans} -f {fold} ...")
+        model_words = f"-d {dataset} -c {configuration} -tr {trainer} -p {plans} -f {fold}"
+        typer.echo(f"Next: nnunet-dp predict {model_words} -i IMAGES -o OUT")
 
 
 @morph.command("apply")

@@ -120,6 +120,8 @@ def learn_once(
     if any(entry.purpose == MORPHOLOGY for entry in ledger.own_entries):
         known = own_rules(fold, ledger)
         place(fold.parent, spacing_mm=facts.common_spacing_mm)
+        if known is not None and _is_free(fold.parent):
+            return "Refinement: learnt before; free rules are applied instead until `morph learn ... --overwrite`."
         if known is not None:
             return f"Refinement: learnt before, {FILE} is there."
         return f"Refinement: charged, but the run died before {FILE} was written; predictions stay as they are."
@@ -129,13 +131,17 @@ def learn_once(
         place(fold.parent, spacing_mm=facts.common_spacing_mm)
         return "Refinement: too few patients for this noise; nothing is asked, nothing charged, all classes left alone."
     files = SegmentationFiles(facts.dataset_json, facts.plans)
+    before = epsilon_of(ledger.own_entries, plan.budget.delta)
     found = learn_for_run(
         fold, plan, ledger, ballot, facts.slots, files,
         checkpoint=checkpoint, processes=facts.processes, progress=progress,
     )  # fmt: skip
     dropped = place(fold.parent, spacing_mm=facts.common_spacing_mm)
     note = f" ({PICKLE} for plain nnU-Net leaves out {', '.join(dropped)}: spacings differ)" if dropped else ""
-    return "Refinement learnt: " + "; ".join(f"{label.strip()}: {text}" for label, text in lines(found)[1:]) + note
+    after = epsilon_of(ledger.own_entries, plan.budget.delta)
+    paid = f"charged to this run: epsilon {before:.4g} -> {after:.4g} of {plan.budget.epsilon:g} per {plan.budget.unit}"
+    words = "; ".join(f"{label.strip()}: {text}" for label, text in lines(found)[1:])
+    return f"Refinement learnt: {words}{note} ({paid})"
 
 
 def own_rules(fold: Path, ledger: Ledger) -> Morphology | None:
@@ -217,7 +223,9 @@ def ballot_for(
     return Ballot(known.classes, asked, known.regions, known.ignore_label)
 
 
-def learn_for_model(model: Path, fold: str, dataset_folder: Path, processes: int, progress: Progress | None) -> str:
+def learn_for_model(
+    model: Path, fold: str, dataset_folder: Path, processes: int, progress: Progress | None, overwrite: bool = False
+) -> str:
     """``nnunet-dp morph learn``: learn for a run of the past that reserved its share and has not spent it.
 
     Args:
@@ -226,6 +234,7 @@ def learn_for_model(model: Path, fold: str, dataset_folder: Path, processes: int
         dataset_folder: preprocessed.
         processes: that read masks side by side.
         progress: told (patients done, patients in all).
+        overwrite: whether free rules in the model's folder make way for what its folds have learnt.
 
     Raises:
         UsageRefusal: when there is no private run, or its plan reserves nothing.
@@ -253,6 +262,8 @@ def learn_for_model(model: Path, fold: str, dataset_folder: Path, processes: int
     ledger = run.resume(state, patients.unit, patients.table_sha256)
     description = json.loads((dataset_folder / "dataset.json").read_text())
     facts = reference_facts(dataset_folder, slots, plans, description, configuration, processes)
+    if overwrite and _is_free(model):
+        (model / FILE).unlink()
     return learn_once(folder, plan, ledger, facts, state["id"], progress)
 
 
@@ -324,7 +335,7 @@ def place(
     is taken away.
     """
     if morphology is None:
-        if (model / FILE).is_file() and read_morphology(model / FILE).kind not in ("private", "not_private"):
+        if _is_free(model):
             return ()
         learnt = _learnt([file.parent for file in sorted(model.glob(f"fold_*/{FILE}"))])
         if not learnt:
@@ -334,6 +345,11 @@ def place(
         morphology = agreed(learnt)
     write_morphology(morphology, model / FILE)
     return write_pickle(morphology, model, spacing_mm)
+
+
+def _is_free(model: Path) -> bool:
+    """Whether rules that looked at no patient lie in the model's folder."""
+    return (model / FILE).is_file() and read_morphology(model / FILE).kind not in ("private", "not_private")
 
 
 def _learnt(folds: Sequence[Path]) -> list[Morphology]:
@@ -348,7 +364,7 @@ def rules_of(model: Path, folds: Sequence[str]) -> Morphology | None:
 
     Rules of other folds are never used: the runs of the folds that predict have paid for what is applied.
     """
-    if (model / FILE).is_file() and read_morphology(model / FILE).kind not in ("private", "not_private"):
+    if _is_free(model):
         return read_morphology(model / FILE)
     learnt = _learnt([model / f"fold_{fold}" for fold in folds])
     return agreed(learnt) if len(learnt) == len(folds) else None

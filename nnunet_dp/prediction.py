@@ -40,6 +40,7 @@ def predict(
         nnunet.predict(list(arguments))
         return "Not refined."
     model = nnunet.model_folder(known.d, known.tr, known.p, known.c)
+    _refuse_untrained(model, known.f)
     morphology = read_morphology(rules) if rules else rules_of(model, known.f)
     if morphology is None:
         raise UsageRefusal(
@@ -55,6 +56,15 @@ def predict(
         return "Refined 0 predictions: this part has no images."
     done = refine_folder(output, output, morphology, only=mine, processes=known.nps, progress=progress)
     return f"Refined {done} predictions in {known.o} ({morphology.kind} rules)."
+
+
+def _refuse_untrained(model: Path, folds: Sequence[str]) -> None:
+    trained = sorted(folder.name[5:] for folder in model.glob("fold_*")) if model.is_dir() else []
+    if not trained:
+        raise UsageRefusal(f"there is no trained model {model.name}: correct -d, -c, -tr (as trained) and -p")
+    missing = [fold for fold in folds if fold not in trained]
+    if missing:
+        raise UsageRefusal(f"{model.name} has no fold {', '.join(missing)}: give -f {' '.join(trained)}")
 
 
 def _prediction_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:

@@ -150,6 +150,17 @@ def test_no_morph_gives_all_to_the_training_and_contradicts_a_share(monkeypatch,
     assert "contradict" in capsys.readouterr().err and len(calls) == 1
 
 
+def test_predict_hands_nnunets_flags_on_as_they_are_and_keeps_its_own(monkeypatch, tmp_path, capsys):
+    calls = stub(monkeypatch, "nnunet_dp.prediction", "predict", "Refined 3 predictions.")
+    rules = tmp_path / "morphology.json"
+    rules.touch()
+    theirs = ["-d", "4", "-f", "0", "1", "-i", "in", "-o", "out", "-device", "cpu", "--disable_tta", "-p", "P"]
+    for ours, refining, named in (([], True, None), (["--no-morph"], False, None), (["--morphology", str(rules)], True, rules)):
+        assert main(["predict", *ours, *theirs]) == 0
+        assert calls[-1][0][:3] == (theirs, refining, named)
+    assert capsys.readouterr().out.count("Refined 3 predictions.") == 3
+
+
 def test_json_is_one_object_and_nothing_else(monkeypatch, tmp_path, capsys):
     stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="P", changed=True))
     stub(monkeypatch, "nnunet_dp.status", "read_status", report())

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from ordinary_plans import ordinary_plans
+from ordinary_plans import DATASET, ordinary_plans
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import MORPHOLOGY, epsilon_of
@@ -41,10 +41,12 @@ from nnunet_dp.morphology import (
     read_morphology,
     write_morphology,
 )
-from nnunet_dp.nnunet import SegmentationFiles
-from nnunet_dp.planning import MorphologyPlan, morphology
+from nnunet_dp.nnunet import SegmentationFiles, configuration_folder, data_digest, find_splits, patients_of_plan
+from nnunet_dp.planning import NOT_COVERED, MorphologyPlan, PrivacySection, morphology, plan_configuration
+from nnunet_dp.plans import with_section, write_json
 from nnunet_dp.refined_folder import PICKLE
-from nnunet_dp.run import LEDGER
+from nnunet_dp.run import LATEST, LEDGER, RunFolder, write_checkpoint
+from nnunet_dp.splits import fold_slots
 
 DATASET_JSON = {"labels": {"background": 0, "front": 1, "back": 2}, "file_ending": ".nii.gz"}
 PLANS = {"image_reader_writer": "SimpleITKIO"}
@@ -185,19 +187,43 @@ def test_a_second_learning_is_refused_and_leaves_ledger_and_rules_alone(dataset,
     assert (fold / LEDGER).read_bytes() == before and read_morphology(fold / FILE) == found
 
 
-@pytest.mark.parametrize("content", [b"torn", None])
-def test_a_patient_whose_mask_is_none_votes_nothing_and_stops_nobody(dataset, fold, content, capfd):
-    whole = sum(votes_of_all(dataset))
-    file = dataset / "gt_segmentations" / "walrus5_left.nii.gz"
-    if content is None:
-        image = sitk.GetImageFromArray(np.full((4, 4, 4), 0.5, np.float32))
-        sitk.WriteImage(image, str(file))
+def spoil(file: Path, fault: str) -> None:
+    """A mask that cannot be read, or that holds no labels."""
+    if fault == "lost":
+        file.unlink()
+    elif fault == "torn":
+        file.write_bytes(file.read_bytes()[:-30])
     else:
-        file.write_bytes(content)
+        value = {"halves": 0.5, "huge": 1e30}[fault]
+        sitk.WriteImage(sitk.GetImageFromArray(np.full((4, 4, 4), value, np.float32)), str(file))
+
+
+@pytest.mark.parametrize("fault", ["lost", "torn", "halves"])
+def test_a_patient_whose_mask_is_none_votes_nothing_and_stops_nobody(dataset, fold, fault, capfd, caplog):
+    whole = votes_of_all(dataset)
+    spoil(dataset / "gt_segmentations" / "walrus5_left.nii.gz", fault)
     votes = votes_of_all(dataset)
-    assert sum(not vote.any() for vote in votes) == 1 and not np.array_equal(sum(votes), whole)
+    assert not votes[5].any() and all(vote.any() for vote in whole)
+    assert all(np.array_equal(votes[k], whole[k]) for k in range(8) if k != 5)
     assert learn_from(dataset, fold, plan()).kind == "private"
-    assert "walrus5" not in "".join(capfd.readouterr())
+    assert "".join(capfd.readouterr()) == caplog.text == ""
+
+
+@pytest.mark.parametrize("fault", [Exception, MemoryError, RecursionError, RuntimeWarning])
+def test_whatever_reading_one_patient_raises_the_others_are_heard_and_the_user_may_still_stop(fault):
+    class Reader:
+        def read(self, file: Path):
+            if file.name == "fault":
+                raise fault
+            return mask(front=True), SPACING, {}
+
+    ballot = ballot_for(DATASET_JSON, SPACING, 8, 0.1)
+    slots = [[Path("a")], [Path("a"), Path("fault")], [Path("a")]]
+    votes = list(votes_of(ballot, slots, Reader(), 1, None))
+    assert [bool(vote.any()) for vote in votes] == [True, False, True]
+    Reader.read = lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        list(votes_of(ballot, slots, Reader(), 1, None))
 
 
 # ---- learn once --------------------------------------------------------------------------------------------------
@@ -235,6 +261,27 @@ def test_too_few_patients_for_the_noise_are_asked_nothing_and_charged_nothing(da
     assert found.kind == "private" and all(rule.operations == () for rule in found.classes)
 
 
+@pytest.mark.parametrize("way", ["no share", "charged and lost", "too few"])
+def test_what_an_archived_run_had_learnt_is_taken_away_whichever_way_this_run_learns_nothing(dataset, fold, way):
+    place(fold.parent, rules(KeepLargest(), kind="private"))
+    chosen = plan(morphology_noise={"no share": None, "charged and lost": 0.4, "too few": 50.0}[way])
+    if way == "charged and lost":
+        ledger_of(fold, chosen).charge(chosen.morphology.charge(MORPHOLOGY, None))
+    said(dataset, fold, chosen)
+    if way == "too few":
+        assert all(rule.operations == () for rule in read_morphology(fold.parent / FILE).classes)
+    else:
+        assert [item.name for item in fold.parent.iterdir()] == ["fold_0"]
+
+
+def test_a_models_file_that_was_lost_is_written_again_from_what_its_folds_learnt(dataset, fold):
+    said(dataset, fold, plan())
+    for name in (FILE, PICKLE):
+        (fold.parent / name).unlink()
+    assert "learnt before" in said(dataset, fold, plan())
+    assert read_morphology(fold.parent / FILE) == read_morphology(fold / FILE) and (fold.parent / PICKLE).is_file()
+
+
 def test_nothing_that_is_said_names_a_case_or_a_patient(dataset, fold):
     text = said(dataset, fold, plan(morphology_noise=0.1)) + (fold / FILE).read_text() + repr(facts_of(dataset))
     assert "walrus" not in text and "p3" not in text
@@ -262,6 +309,105 @@ def test_a_folder_that_is_no_private_model_is_refused_with_the_free_ways(tmp_pat
         (tmp_path / name).mkdir()
         with pytest.raises(UsageRefusal, match=r"is no private model.*--per-image"):
             learn_for_model(tmp_path / name, "0", tmp_path, 1, None)
+
+
+PAST = PrivacyBudget(epsilon=8, delta=1e-4, unit="case")
+NOTHING_LEARNT = "nnUNetTrainerDP_AutoS__P__3d_fullres"
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    """A plan of twelve patients that gives enough to learning to be heard."""
+    strides = [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+    return plan_configuration(
+        PAST, 12, (40, 56, 40), strides, lambda _: 10**5, "small", morphology_share=0.4, classes=2
+    )
+
+
+@pytest.fixture
+def past(tmp_path, schedule) -> tuple[Path, Path]:
+    """A model that trained one step and has not learnt, and its preprocessed dataset."""
+    folder, model = tmp_path / "preprocessed" / DATASET, tmp_path / "results" / DATASET / NOTHING_LEARNT
+    for case in range(12):
+        write_mask(folder / "gt_segmentations" / f"walrus{case:02}.nii.gz", mask(front=case % 2 == 0))
+    (folder / "nnUNetPlans_3d_fullres").mkdir()
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
+    (model / "fold_0").mkdir(parents=True)
+    past_run(model, folder, section_of(schedule))
+    return model, folder
+
+
+def section_of(chosen) -> PrivacySection:
+    return PrivacySection(
+        budget=PAST, patients=12, patients_file_sha256=None, source_plans="nnUNetPlans", public_weights_sha256=None,
+        not_covered=NOT_COVERED, configurations={"3d_fullres": chosen},
+    )  # fmt: skip
+
+
+def past_run(model: Path, folder: Path, section: PrivacySection) -> None:
+    """What a run leaves that died after its first step."""
+    plans = with_section(ordinary_plans(), "P", section, {})
+    write_json(plans, model / "plans.json")
+    patients, chosen = patients_of_plan(folder, section), section.configurations["3d_fullres"]
+    slots, _ = fold_slots(find_splits(folder, patients), 0, patients)
+    private = chosen.privacy_plan(PAST, "auto_s", len(slots))
+    run = RunFolder(model / "fold_0", folder / LEDGER, model.parent)
+    ledger = run.start(private.digest(), False, unit="case", units=patients.table_sha256)
+    ledger.charge(private.mechanism.charge("training", 0), "first")
+    sequence, head = ledger.head
+    data = data_digest(configuration_folder(folder, plans, "3d_fullres"), slots, chosen)
+    state = {"id": "first", "run": ledger.run, "plan": private.digest(), "data": data, "step": 1}
+    write_checkpoint({"private": state | {"ledger_sequence": sequence, "ledger_head": head}}, model / "fold_0" / LATEST)
+
+
+def learn_past(past: tuple[Path, Path], **options) -> str:
+    return learn_for_model(past[0], options.get("fold", "0"), past[1], 1, None)
+
+
+def test_a_run_of_the_past_learns_once_at_the_price_its_plan_reserved(past, schedule):
+    model, folder = past
+    assert learn_past(past).startswith("Refinement learnt: front: ")
+    trained, paid = read_ledger(folder / LEDGER)
+    assert (paid.purpose, paid.run, paid.plan, paid.checkpoint) == (MORPHOLOGY, trained.run, trained.plan, "first")
+    assert paid.noise_multiplier == schedule.morphology.noise_multiplier
+    found = read_morphology(model / FILE)
+    assert found == read_morphology(model / "fold_0" / FILE) and found.paid_by == (paid.run, 2)
+    assert (model / "fold_0" / LEDGER).read_bytes() == (folder / LEDGER).read_bytes()
+
+
+def test_a_second_learning_of_a_past_run_says_so_and_costs_nothing(past, monkeypatch):
+    learn_past(past)
+    before = (past[1] / LEDGER).read_bytes(), (past[0] / FILE).read_bytes()
+    monkeypatch.setattr(RunFolder, "lock", lambda self: None)  # this process holds it until it ends
+    assert "learnt before" in learn_past(past)
+    assert ((past[1] / LEDGER).read_bytes(), (past[0] / FILE).read_bytes()) == before
+
+
+def test_while_its_training_runs_a_model_is_refused(past):
+    RunFolder(past[0] / "fold_0", past[1] / LEDGER, past[0].parent).lock()
+    with pytest.raises(Refusal, match="another training is writing"):
+        learn_past(past)
+    assert len(read_ledger(past[1] / LEDGER)) == 1
+
+
+def test_a_fold_that_never_trained_is_refused(past):
+    with pytest.raises(UsageRefusal, match="has no run in fold_3: train it"):
+        learn_past(past, fold="3")
+
+
+def test_a_model_whose_plan_gave_all_to_the_training_is_refused_with_the_free_ways(past, schedule):
+    past_run(*past, section_of(schedule.model_copy(update={"morphology": None})))
+    with pytest.raises(UsageRefusal, match=r"--no-morph.*would pass the target; --fixed FILE, --from-phantom"):
+        learn_past(past)
+    assert {entry.purpose for entry in read_ledger(past[1] / LEDGER)} == {"training"}
+
+
+def test_a_dataset_that_changed_since_the_training_is_refused(past):
+    for case in range(12):
+        (past[1] / "nnUNetPlans_3d_fullres" / f"walrus{case:02}.b2nd").touch()
+    with pytest.raises(Refusal, match="changed since the training") as caught:
+        learn_past(past)
+    assert "walrus" not in str(caught.value) and len(read_ledger(past[1] / LEDGER)) == 1
 
 
 # ---- where rules go ----------------------------------------------------------------------------------------------
@@ -297,6 +443,25 @@ def test_free_rules_stay_when_a_training_learns(fold):
     assert read_morphology(fold.parent / FILE) == rules(FillHoles(), kind="fixed")
 
 
+def test_rules_of_other_classes_in_a_later_fold_are_not_joined(fold):
+    foreign = ClassRefinement(name="other", labels=(2,), writes=2, operations=(FillHoles(),))
+    write_morphology(rules(KeepLargest()), fold / FILE)
+    (fold.parent / "fold_1").mkdir()
+    write_morphology(rules(classes=(foreign,)), fold.parent / "fold_1" / FILE)
+    place(fold.parent)
+    assert read_morphology(fold.parent / FILE) == rules(KeepLargest())
+
+
+def test_given_rules_replace_free_ones_and_private_ones_never_do(fold):
+    place(fold.parent, rules(FillHoles(), kind="fixed"))
+    place(fold.parent, rules(KeepLargest(), kind="per_image"))
+    assert read_morphology(fold.parent / FILE).kind == "per_image"
+    before = (fold.parent / PICKLE).read_bytes()
+    write_morphology(rules(FillHoles()), fold / FILE)
+    place(fold.parent)
+    assert read_morphology(fold.parent / FILE).kind == "per_image" and (fold.parent / PICKLE).read_bytes() == before
+
+
 def test_rules_without_noise_in_a_folds_folder_are_never_placed(fold):
     write_morphology(rules(KeepLargest(), kind="not_private"), fold / FILE)
     place(fold.parent)
@@ -305,8 +470,13 @@ def test_rules_without_noise_in_a_folds_folder_are_never_placed(fold):
 
 def test_only_rules_that_this_run_paid_for_are_its_own(dataset, fold):
     chosen = plan()
-    learn_from(dataset, fold, chosen)
-    assert own_rules(fold, ledger_of(fold, chosen)) == read_morphology(fold / FILE)
+    assert own_rules(fold, ledger_of(fold, chosen)) is None
+    found = learn_from(dataset, fold, chosen)
+    assert own_rules(fold, ledger_of(fold, chosen)) == read_morphology(fold / FILE) == found
+    for changes in ({"kind": "fixed"}, {"provenance": found.provenance | {"ledger_sequence": 2}}):
+        write_morphology(found.model_copy(update=changes), fold / FILE)
+        assert own_rules(fold, ledger_of(fold, chosen)) is None
+    write_morphology(found, fold / FILE)
     assert own_rules(fold, ledger_of(fold, chosen, run="model/fold_0/2")) is None
     write_morphology(rules(KeepLargest(), kind="private"), fold / FILE)
     assert own_rules(fold, ledger_of(fold, chosen)) is None

@@ -1,4 +1,4 @@
-"""What the core asks of nnU-Net: admission of networks, private plans on a folder, flags, what a checkpoint holds."""
+"""What the core asks of nnU-Net: private plans on a folder, flags, what a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from ordinary_plans import DATASET, DATASET_JSON, architecture, ordinary_plans, preprocessed_dataset
-from torch import nn
+from nnunetv2.utilities.utils import create_lists_from_splitted_dataset_folder
+from ordinary_plans import DATASET, DATASET_JSON, ordinary_plans, preprocessed_dataset
 
 from nnunet_dp import loading, nnunet
 from nnunet_dp.accounting import PrivacyBudget, default_delta
-from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import Charge
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger
@@ -25,74 +23,6 @@ from nnunet_dp.nnunet import CallingOptions, plan_dataset
 from nnunet_dp.patients import Patients
 from nnunet_dp.planning import plan_configuration
 from nnunet_dp.plans import read_section
-from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
-
-# ---- admission ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dimension", [2, 3])
-@pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])
-def test_nnunets_unets_keep_patients_apart(kind, dimension):
-    entry = architecture(dimension, 3, kind)
-    arguments = entry["arch_kwargs"] | {"features_per_stage": [4, 4, 4], "dropout_op_kwargs": {}}
-    network = get_network_from_plans(
-        entry["network_class_name"], arguments, entry["_kw_requires_import"], 1, 3, deep_supervision=True
-    )
-    refuse_coupling(network)
-
-
-class Homemade(nn.Module):
-    """A module that nobody examined."""
-
-
-@pytest.mark.parametrize(
-    ("module", "message"),
-    [
-        (nn.BatchNorm3d(2), "BatchNorm3d at '1.0' couples patients"),
-        (nn.SyncBatchNorm(2), "SyncBatchNorm at '1.0' couples patients"),
-        (nn.InstanceNorm2d(2, track_running_stats=True), "InstanceNorm2d at '1.0' couples patients"),
-        (nn.Dropout3d(), "Dropout3d at '1.0' draws from one stream for all patients"),
-        (Homemade(), r"Homemade at '1.0' was never examined"),
-        (nn.RNN(2, 2), r"torch.nn.*RNN at '1.0' was never examined"),
-    ],
-)
-def test_what_couples_patients_is_refused_by_its_name_and_place(module, message):
-    with pytest.raises(Refusal, match=message):
-        refuse_coupling(nn.Sequential(nn.Conv2d(1, 2, 1), nn.Sequential(module)))
-
-
-def test_a_module_that_only_bears_a_known_name_is_refused():
-    with pytest.raises(Refusal, match="never examined"):
-        refuse_coupling(type("Conv3d", (nn.Conv3d,), {"__module__": "elsewhere"})(1, 1, 1))
-
-
-def morphology_of(classes: int = 2) -> SoftMorphology:
-    return SoftMorphology(classes, 2)
-
-
-def test_morphology_in_the_network_is_admitted_with_its_own_buffers_only():
-    network = MorphedNetwork(nn.Conv2d(1, 2, 3), morphology_of())
-    refuse_coupling(network)
-    network.morphology.register_buffer("memory", torch.zeros(1))
-    with pytest.raises(Refusal, match="memory"):
-        refuse_coupling(network)
-
-
-def test_a_module_with_a_function_or_a_hook_of_its_own_is_refused():
-    patched, hooked = MorphedNetwork(nn.Conv2d(1, 2, 3), morphology_of()), nn.Conv2d(1, 2, 3)
-    patched.morphology.forward = lambda logits: logits - logits.mean(0)
-    hooked.register_forward_hook(lambda module, given, output: output.mean(0, keepdim=True))
-    for network in (patched, hooked):
-        with pytest.raises(Refusal, match="of its own"):
-            refuse_coupling(network)
-
-
-def test_a_buffer_is_refused_by_its_name():
-    layer = nn.Conv2d(1, 1, 1)
-    layer.register_buffer("seen", torch.zeros(1))
-    with pytest.raises(Refusal, match=r"keeps a buffer '0\.seen', which would be released without noise"):
-        refuse_coupling(nn.Sequential(layer))
-
 
 # ---- flags of the caller -----------------------------------------------------------------------------------------
 
@@ -499,6 +429,18 @@ def test_a_patients_patches_do_not_change_when_another_patients_images_do(monkey
         found.append([record.data for record in loader.records(0, [0, 1, 2])])
     assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][2], found[1][2])
     assert not torch.equal(found[0][1], found[1][1])
+
+
+# ---- names of cases ----------------------------------------------------------------------------------------------
+
+
+def test_cases_to_predict_are_named_once_and_in_nnunets_order(tmp_path):
+    for name in ("b_0000.nii.gz", "b_0001.nii.gz", "a.x_0000.nii.gz", "C_0000.nii.gz", "notes.txt", "d_0000.mha"):
+        (tmp_path / name).touch()
+    theirs = create_lists_from_splitted_dataset_folder(str(tmp_path), ".nii.gz")
+    found = nnunet.input_cases(tmp_path, ".nii.gz")
+    assert found == [Path(files[0]).name.removesuffix("_0000.nii.gz") for files in theirs]
+    assert sorted(found) == ["C", "a.x", "b"]
 
 
 # ---- digests and checkpoints -------------------------------------------------------------------------------------

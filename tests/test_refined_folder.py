@@ -15,9 +15,8 @@ import SimpleITK as sitk
 from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing, load_postprocess_save
 from skimage import io
 
-from nnunet_dp import nnunet, refined_folder
+from nnunet_dp import refined_folder
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.learning import rules_of
 from nnunet_dp.morphology import (
     FILE,
     Closing,
@@ -28,10 +27,8 @@ from nnunet_dp.morphology import (
     RemoveSmall,
     classes_from,
     read_morphology,
-    write_morphology,
 )
 from nnunet_dp.nnunet import SegmentationFiles
-from nnunet_dp.prediction import predict as predict_and_refine
 from nnunet_dp.refined_folder import PICKLE, refine_folder, write_pickle
 from nnunet_dp.refinement import refine
 
@@ -236,6 +233,12 @@ def test_rules_for_other_classes_are_refused_before_a_file_is_touched(volumes, f
     assert content(volumes) == before
 
 
+def test_rules_learnt_without_noise_are_refused_before_a_file_is_written(volumes, tmp_path):
+    with pytest.raises(UsageRefusal, match="without noise"):
+        refine_folder(volumes, tmp_path / "out", rules(KeepLargest(), kind="not_private"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_failed_write_leaves_the_old_prediction_and_no_debris(volumes, monkeypatch):
     before = content(volumes)
 
@@ -247,127 +250,6 @@ def test_a_failed_write_leaves_the_old_prediction_and_no_debris(volumes, monkeyp
     with pytest.raises(OSError, match="No space left"):
         refine_folder(volumes, volumes, RULES)
     assert content(volumes) == before
-
-
-# ---- predict -----------------------------------------------------------------------------------------------------
-
-ARGUMENTS = ["-d", "4", "-c", "3d_fullres", "-tr", "nnUNetTrainerDP_AutoS", "-p", "P", "-f", "0"]
-ARGUMENTS += ["-device", "cpu", "-i"]
-
-
-def images_of(volumes: Path) -> Path:
-    """A folder of images of which the volumes are predictions."""
-    folder = volumes.with_name("images")
-    folder.mkdir()
-    for file in volumes.glob("*.nii.gz"):
-        shutil.copy(file, folder / file.name.replace(".nii.gz", "_0000.nii.gz"))
-    return folder
-
-
-@pytest.fixture
-def prediction_of_nnunet(volumes, tmp_path, monkeypatch):
-    """Stands in for nnU-Net's command, whose own run is a door test; its calls, and the folders of model and images."""
-    calls, model = [], tmp_path / "model"
-    model.mkdir()
-
-    def predict(arguments):
-        calls.append(arguments)
-        if "-o" in arguments:
-            shutil.copytree(volumes, arguments[arguments.index("-o") + 1], dirs_exist_ok=True)
-
-    monkeypatch.setattr(nnunet, "predict", predict)
-    monkeypatch.setattr(nnunet, "model_folder", lambda *found: model)
-    return calls, model, [*ARGUMENTS, str(images_of(volumes))]
-
-
-def test_predict_hands_its_arguments_on_and_refines_the_output(prediction_of_nnunet, volumes, tmp_path):
-    calls, model, given = prediction_of_nnunet
-    write_morphology(RULES, model / FILE)
-    arguments = [*given, "-o", str(tmp_path / "out"), "-nps", "1", "--disable_tta"]
-    said = predict_and_refine(arguments, refining=True)
-    assert calls == [arguments] and "Refined 3 predictions" in said and "fixed" in said
-    found = voxels(tmp_path / "out" / "tube_0.nii.gz")
-    assert np.array_equal(found, refine(voxels(volumes / "tube_0.nii.gz"), RULES, GEOMETRY["spacing"][::-1]))
-
-
-def test_predict_without_rules_is_refused_before_it_predicts(prediction_of_nnunet, tmp_path):
-    calls, _, given = prediction_of_nnunet
-    with pytest.raises(UsageRefusal, match="--no-morph"):
-        predict_and_refine([*given, "-o", str(tmp_path / "out")], refining=True)
-    assert calls == []
-
-
-def test_predict_without_refinement_needs_no_rules_and_changes_nothing(prediction_of_nnunet, volumes, tmp_path):
-    given = prediction_of_nnunet[2]
-    assert predict_and_refine([*given, "-o", str(tmp_path / "out")], refining=False) == "Not refined."
-    assert content(tmp_path / "out") == content(volumes)
-
-
-def test_a_call_for_help_goes_to_nnunet(prediction_of_nnunet):
-    calls, *_ = prediction_of_nnunet
-    predict_and_refine(["-h"], refining=True)
-    assert calls == [["-h"]]
-
-
-def test_other_rules_than_the_models_may_be_named(prediction_of_nnunet, tmp_path):
-    given = prediction_of_nnunet[2]
-    write_morphology(rules(KeepLargest(), kind="per_image"), tmp_path / "mine.json")
-    arguments = [*given, "-o", str(tmp_path / "out"), "-nps", "1"]
-    assert "per_image" in predict_and_refine(arguments, refining=True, rules=tmp_path / "mine.json")
-
-
-def test_a_part_of_several_leaves_alone_what_another_part_is_writing_meanwhile(
-    prediction_of_nnunet, volumes, tmp_path, monkeypatch
-):
-    _, model, given = prediction_of_nnunet
-    write_morphology(RULES, model / FILE)
-    out = tmp_path / "out"
-    shutil.copytree(volumes, out)
-
-    def predict(arguments):
-        (out / "tube_1.nii.gz").write_bytes(b"half a volume")  # by the other one
-
-    monkeypatch.setattr(nnunet, "predict", predict)
-    arguments = [*given, "-o", str(out), "-nps", "1", "-num_parts", "3", "-part_id", "0"]
-    assert "Refined 1 predictions" in predict_and_refine(arguments, refining=True)
-    assert (out / "tube_1.nii.gz").read_bytes() == b"half a volume"
-
-
-def test_a_part_without_images_of_its_own_has_nothing_to_refine(prediction_of_nnunet, volumes, tmp_path, monkeypatch):
-    _, model, given = prediction_of_nnunet
-    write_morphology(RULES, model / FILE)
-    shutil.copytree(volumes, tmp_path / "out")
-    monkeypatch.setattr(nnunet, "predict", lambda _: None)
-    parts = ["-num_parts", "9", "-part_id", "8"]
-    arguments = [*given, "-o", str(tmp_path / "out"), *parts]
-    assert "Refined 0 predictions" in predict_and_refine(arguments, refining=True)
-
-
-def test_only_the_folds_that_predict_choose_the_rules(prediction_of_nnunet, tmp_path):
-    _, model, given = prediction_of_nnunet
-    for number, chosen in enumerate((rules(KeepLargest(), kind="private"), rules(FillHoles(), kind="private"))):
-        (model / f"fold_{number}").mkdir()
-        write_morphology(chosen, model / f"fold_{number}" / FILE)
-    write_morphology(rules(FillHoles(), kind="private"), model / FILE)  # of other folds: not for this call
-    assert rules_of(model, ["0"]).classes == rules(KeepLargest()).classes
-    assert all(rule.operations == () for rule in rules_of(model, ["0", "1"]).classes)
-    assert rules_of(model, ["0", "2"]) is None
-    with pytest.raises(UsageRefusal, match="fold 2"):
-        predict_and_refine([*given, "-o", str(tmp_path / "out"), "-f", "2"], refining=True)
-
-
-def test_what_lay_in_the_folder_before_is_left_alone(prediction_of_nnunet, volumes, tmp_path):
-    _, model, given = prediction_of_nnunet
-    write_morphology(RULES, model / FILE)
-    (tmp_path / "out").mkdir()
-    shutil.copy(volumes / "tube_0.nii.gz", tmp_path / "out" / "foreign.nii.gz")
-    predict_and_refine([*given, "-o", str(tmp_path / "out"), "-nps", "1"], refining=True)
-    assert (tmp_path / "out" / "foreign.nii.gz").read_bytes() == (volumes / "tube_0.nii.gz").read_bytes()
-
-
-def test_rules_learnt_without_noise_are_refused(volumes, tmp_path):
-    with pytest.raises(UsageRefusal, match="without noise"):
-        refine_folder(volumes, tmp_path / "out", rules(KeepLargest(), kind="not_private"))
 
 
 # ---- nnU-Net's own form ------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import torch
 from nnunet_dp.charges import Charge, LedgerError, epsilon_of
 from nnunet_dp.errors import Refusal
 from nnunet_dp.ledger import Ledger
+from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.run import FINAL, LATEST, LEDGER, RunFolder, read_checkpoint, write_checkpoint
 
 MODEL = "nnUNetTrainerDP__nnUNetPlansDP_eps8__2d"
@@ -181,6 +182,17 @@ def test_a_folder_that_holds_only_a_log_is_not_archived(tmp_path):
     (run.folder / "training_log_refused.txt").write_text("a refusal")
     run.start(PLAN, continuing=False)
     assert not (tmp_path / "results" / MODEL / "archive").exists()
+
+
+@pytest.mark.parametrize("name", [LEDGER, RULES])
+def test_what_an_older_run_left_is_archived_even_if_only_its_rules_or_its_lines_are_there(name, tmp_path):
+    run = run_folder(tmp_path)
+    (run.folder / name).touch()
+    (run.folder / "progress.png").touch()
+    run.start(PLAN, continuing=False)
+    assert run.archived is not None and not any(run.folder.iterdir())
+    left = {file.name for file in (tmp_path / "results" / MODEL / run.archived).iterdir()}
+    assert left == {name, "progress.png"}
 
 
 # ---- a ledger that lost lines ------------------------------------------------------------------------------------

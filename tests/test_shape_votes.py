@@ -18,6 +18,7 @@ from nnunet_dp.mechanisms import SubsampledGaussian
 from nnunet_dp.morphology import ClassRefinement, FillHoles, KeepLargest, Opening
 from nnunet_dp.shape_votes import (
     ERROR_RATE_Z,
+    GRID,
     PRESENCE_WEIGHT,
     WANTED_SHARE,
     Answer,
@@ -195,6 +196,40 @@ def test_each_question_is_answered_by_the_shape_it_asks_about(question, place, v
     assert by_name(ballot, votes_of(ballot, [spoilt], (1.0, 1.0)))[question] == -1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_opening_that_would_empty_the_class_is_a_vote_against_it(kind):
+    thin = np.zeros((12, 12), np.uint8)
+    thin[6, 2:10] = 3
+    ballot = Ballot(ballot_of(kind).classes, questions((1.0, 1.0)), kind == "regions")
+    assert by_name(ballot, votes_of(ballot, [thin], (1.0, 1.0)), 2) == {
+        "keep_largest": 1,
+        "fill_holes": 1,
+        "opening": -1,
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_vote_on_one_class_does_not_depend_on_the_shape_of_its_neighbours(name):
+    ballot = ballot_of("labels", (1.0, 1.0))
+    alone, crowded = np.zeros((30, 30), np.uint8), np.full((30, 30), 2, np.uint8)
+    crowded[::3, ::3] = 3
+    alone[8:20, 8:20] = crowded[8:20, 8:20] = 1
+    found = [by_name(ballot, votes_of(ballot, [image], (1.0, 1.0)))[name] for image in (alone, crowded)]
+    assert found == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_vote_on_opening_is_that_of_the_slow_and_obvious_opening(seed):
+    ballot = ballot_of("regions", (1.0, 1.0))
+    smooth = ndimage.gaussian_filter(np.random.default_rng(seed).normal(size=(4, 24, 24)), (0, 1.5 + seed / 2, 2))
+    image = smooth.argmax(0).astype(np.uint8)
+    for row, rule in enumerate(ballot.classes):
+        mask = np.isin(image, rule.labels)
+        kept = ndimage.binary_opening(np.pad(mask, 3), ndimage.generate_binary_structure(2, 1))[3:-3, 3:-3]
+        expected = 1.0 if 2 * kept.sum() >= 0.95 * (mask.sum() + kept.sum()) else -1.0
+        assert by_name(ballot, votes_of(ballot, [image], (1.0, 1.0)), row)["opening"] == expected
+
+
 def keep_largest_by_hand(mask: np.ndarray) -> np.ndarray:
     pieces, _ = ndimage.label(mask, np.ones((3,) * mask.ndim))
     sizes = np.bincount(pieces.ravel())[1:]
@@ -317,6 +352,18 @@ def test_the_file_names_its_noise_its_bound_and_its_line_in_the_ledger(tmp_path)
     assert (said["noise_multiplier"], said["l2_bound"]) == (paid.noise_multiplier, ballot.l2_bound)
     assert said["noise_standard_deviation"] == 2.0 * ballot.l2_bound
     assert (found.kind, found.ignore_label, found.regions) == ("private", None, False)
+
+
+@pytest.mark.parametrize("noise_multiplier", [0.01, 2.0, 300.0])
+def test_what_is_released_lies_on_a_grid_a_thousandth_of_the_noise(tmp_path, noise_multiplier):
+    ballot = ballot_of("labels")
+    votes = [votes_of(ballot, [solid((12, 12), 1)], FLAT)] * 7
+    said = learn(ballot, SubsampledGaussian(noise_multiplier), votes, ledger_in(tmp_path)).provenance
+    step = GRID * said["noise_standard_deviation"]
+    given = [answer for row in said["answers"].values() for answer in row]
+    numbers = np.array([[answer["balance"], PRESENCE_WEIGHT * answer["present"]] for answer in given])
+    assert GRID == 1e-3 and np.abs(numbers / step - np.round(numbers / step)).max() < 1e-6
+    assert len(np.unique(numbers)) > 9  # noise, and not the grid, tells them apart
 
 
 def test_two_releases_of_the_same_votes_differ(tmp_path):

@@ -15,6 +15,7 @@ from nnunet_dp.charges import MORPHOLOGY, LedgerError, epsilon_of
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger, TornLineWarning, read_ledger
 from nnunet_dp.mechanisms import SubsampledGaussian
+from nnunet_dp.morphology import FILE, ClassRefinement, Morphology, write_morphology
 from nnunet_dp.planning import NOT_COVERED, PrivacySection, plan_configuration
 from nnunet_dp.plans import with_section, write_json
 from nnunet_dp.run import FINAL, LATEST, LEDGER, write_checkpoint
@@ -223,6 +224,53 @@ def test_the_line_of_morphology_does_not_stand_in_for_a_lost_step(fold):
     write_checkpoint({"init_args": {"charges": 4, "steps": 4}}, fold / FINAL)
     with pytest.raises(Refusal, match="proves at least 4 charges"):
         read_status(fold)
+
+
+def test_the_final_checkpoint_proves_the_vote_too(fold):
+    charge(fold, range(4))
+    write_checkpoint({"init_args": {"charges": 5, "steps": 4}}, fold / FINAL)
+    with pytest.raises(Refusal, match="proves at least 5 charges, found 4"):
+        read_status(fold)
+    learn(fold)
+    assert (read_status(fold).steps_done, read_status(fold).entries) == (4, 5)
+
+
+def rules(kind: str = "private", **provenance) -> Morphology:
+    lesion = ClassRefinement(name="lesion", labels=(1,), writes=1)
+    return Morphology(kind=kind, classes=(lesion,), provenance=provenance)
+
+
+def test_rules_of_the_fold_are_paid_by_a_line_of_its_run(fold):
+    charge(fold, range(2))
+    learn(fold)
+    write_morphology(rules(ledger_run="model/fold_0/1", ledger_sequence=3), fold / FILE)
+    assert read_status(fold).entries == 3
+
+
+@pytest.mark.parametrize(("run", "sequence"), [("model/fold_0/1", 1), ("model/fold_0/1", 4), ("model/fold_0/2", 3)])
+def test_rules_that_no_line_of_the_run_paid_for_are_refused(fold, run, sequence):
+    charge(fold, range(2))
+    learn(fold)
+    charge(fold, [2])
+    write_morphology(rules(ledger_run=run, ledger_sequence=sequence), fold / FILE)
+    with pytest.raises(Refusal, match="no charge paid for it"):
+        read_status(fold)
+
+
+def test_what_another_run_learnt_on_the_dataset_pays_for_no_rules_here(fold):
+    learn(fold, run="model/fold_1/1")
+    (fold / LEDGER).unlink()
+    charge(fold, [0])
+    write_morphology(rules(ledger_run="model/fold_1/1", ledger_sequence=1), fold / FILE)
+    with pytest.raises(Refusal, match="no charge paid for it"):
+        read_status(fold)
+
+
+def test_rules_that_asked_no_patient_need_no_charge(fold):
+    charge(fold, [0])
+    for free in (rules(nothing_released="too few patients"), rules("fixed")):
+        write_morphology(free, fold / FILE)
+        assert read_status(fold).entries == 1
 
 
 def test_a_copied_running_checkpoint_is_no_finished_model(fold):
