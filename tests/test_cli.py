@@ -155,9 +155,10 @@ def test_predict_hands_nnunets_flags_on_as_they_are_and_keeps_its_own(monkeypatc
     rules = tmp_path / "morphology.json"
     rules.touch()
     theirs = ["-d", "4", "-f", "0", "1", "-i", "in", "-o", "out", "-device", "cpu", "--disable_tta", "-p", "P"]
-    for ours, refining, named in (([], True, None), (["--no-morph"], False, None), (["--morphology", str(rules)], True, rules)):
+    named = ["--morphology", str(rules)]
+    for ours, refining, chosen in (([], True, None), (["--no-morph"], False, None), (named, True, rules)):
         assert main(["predict", *ours, *theirs]) == 0
-        assert calls[-1][0][:3] == (theirs, refining, named)
+        assert calls[-1][0][:3] == (theirs, refining, chosen)
     assert capsys.readouterr().out.count("Refined 3 predictions.") == 3
 
 
