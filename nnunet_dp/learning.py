@@ -53,6 +53,7 @@ from nnunet_dp.nnunet import (
 from nnunet_dp.planning import PrivacySection
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.refined_folder import PICKLE, write_pickle
+from nnunet_dp.refinement import refine
 from nnunet_dp.run import LATEST, LEDGER, RunFolder, read_checkpoint
 from nnunet_dp.shape_votes import Ballot, learn, questions_for
 from nnunet_dp.soft_morphology import radii_from_mm
@@ -219,6 +220,7 @@ def ballot_for(
 ) -> Ballot:
     """The questions that the noise leaves audible; none at all where even one vote would be lost in it."""
     known = classes_from(dataset_json)
+    refine(np.zeros((2, 2), np.int16), known, (1.0, 1.0))  # classes that cannot be refined are refused before a charge
     asked = questions_for(units, noise_multiplier, len(known.classes), spacing_mm)
     return Ballot(known.classes, asked, known.regions, known.ignore_label)
 

@@ -415,7 +415,8 @@ def as_labels(segmentation: np.ndarray) -> np.ndarray:
     """
     if np.issubdtype(segmentation.dtype, np.integer):
         return segmentation
-    labels = segmentation.astype(np.int16)
+    with np.errstate(invalid="ignore"):
+        labels = segmentation.astype(np.int16)
     if not np.array_equal(labels, segmentation):
         raise UsageRefusal("a segmentation should hold whole numbers below 32768, found other values: is it an image?")
     return labels

@@ -38,6 +38,7 @@ from nnunet_dp.morphology import (
     Morphology,
     Opening,
     RemoveSmall,
+    classes_from,
     read_morphology,
     write_morphology,
 )
@@ -360,7 +361,7 @@ def past_run(model: Path, folder: Path, section: PrivacySection) -> None:
 
 
 def learn_past(past: tuple[Path, Path], **options) -> str:
-    return learn_for_model(past[0], options.get("fold", "0"), past[1], 1, None)
+    return learn_for_model(past[0], options.pop("fold", "0"), past[1], 1, None, **options)
 
 
 def test_a_run_of_the_past_learns_once_at_the_price_its_plan_reserved(past, schedule):
@@ -380,6 +381,19 @@ def test_a_second_learning_of_a_past_run_says_so_and_costs_nothing(past, monkeyp
     monkeypatch.setattr(RunFolder, "lock", lambda self: None)  # this process holds it until it ends
     assert "learnt before" in learn_past(past)
     assert ((past[1] / LEDGER).read_bytes(), (past[0] / FILE).read_bytes()) == before
+
+
+def test_free_rules_make_way_for_learnt_ones_only_where_that_is_asked_and_nothing_is_charged_again(past, monkeypatch):
+    model, folder = past
+    free = classes_from(DATASET_JSON)
+    place(model, free)
+    said = learn_past(past)
+    monkeypatch.setattr(RunFolder, "lock", lambda self: None)
+    assert read_morphology(model / FILE) == free and " of 8 per case" in said
+    assert "free rules are applied instead" in learn_past(past)
+    assert "learnt before" in learn_past(past, overwrite=True)
+    assert read_morphology(model / FILE) == read_morphology(model / "fold_0" / FILE) != free
+    assert len(read_ledger(folder / LEDGER)) == 2
 
 
 def test_while_its_training_runs_a_model_is_refused(past):

@@ -141,7 +141,8 @@ def test_without_refinement_it_needs_no_rules_and_changes_nothing(given, predict
 
 
 @pytest.mark.parametrize("arguments", [["-h"], [], ["-i", "images", "-o", "out"]])
-def test_a_call_that_cannot_predict_is_left_to_nnunet(arguments, calls):
+def test_a_call_that_cannot_predict_is_left_to_nnunet(arguments, calls, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     predict(arguments, refining=True)
     assert calls == [arguments]
 
