@@ -5,8 +5,8 @@
 Each FOLD_FOLDER holds a finished private training with nnU-Net's validation of its held-out cases (``validation/``) and
 the rules it learnt (``morphology.json``); the references are the dataset's, in nnUNet_preprocessed. Folders of one
 dataset and epsilon are repeats. Writes OUT/checkpoints.json first (SHA-256 of each checkpoint and rule file), then
-OUT/results.json (every case, every variant), OUT/table.md and one picture per dataset. A model that is measured already
-is not measured again. Held-out masks are read here for judging and for the rows called not private and oracle only.
+OUT/results.json (every case, every variant) and OUT/table.md. A model that is measured already is not measured again.
+Held-out masks are read here for judging and for the rows called not private and oracle only.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import argparse
 import hashlib
 import json
 import os
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from nnunet_dp.bootstrap import paired_bootstrap
 from nnunet_dp.free_rules import per_image
 from nnunet_dp.learning import reference_facts, votes_of
 from nnunet_dp.morphology import (
@@ -39,6 +38,7 @@ from nnunet_dp.refinement import refine
 from nnunet_dp.segmentation_metrics import segmentation_metrics
 from nnunet_dp.shape_votes import Ballot, questions, without_noise
 from nnunet_dp.splits import fold_slots
+from nnunet_dp.workers import in_order
 
 METRICS = ("dice", "hd95")
 DRAWS = 5000
@@ -67,14 +67,9 @@ def rules_for(fold: Path) -> tuple[dict[str, Morphology], dict[str, Any]]:
     slots, held_out = fold_slots(find_splits(folder, patients), int(fold.name[5:]), patients)
     facts = reference_facts(folder, slots, plans, description, configuration, 1)
     known = classes_from(description)
-
-    def same(operations: tuple) -> Morphology:
-        return known.model_copy(
-            update={"classes": tuple(rule.model_copy(update={"operations": operations}) for rule in known.classes)}
-        )
-
     variants = {"none": known}
-    variants |= {name: same(operations) for name, operations in fixed_menu(min(facts.spacing_mm)).items()}
+    for name, operations in fixed_menu(min(facts.spacing_mm)).items():
+        variants[name] = known.with_operations([operations] * len(known.classes))
     ballot = Ballot(known.classes, questions(facts.spacing_mm), known.regions, known.ignore_label)
     votes = votes_of(ballot, facts.slots, SegmentationFiles(description, facts.plans), 1, None)
     variants["adaptive, without noise (not private)"] = without_noise(ballot, votes, "not_private")
@@ -123,11 +118,7 @@ def measure_model(fold: Path, processes: int) -> dict[str, Any]:
          about["plans"], variants)
         for case in cases
     ]  # fmt: skip
-    if processes > 1:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            measured = list(pool.map(measure_case, work, chunksize=8))
-    else:
-        measured = [measure_case(item) for item in work]
+    measured = list(in_order(measure_case, work, processes))
     codes = {patient: number for number, patient in enumerate(sorted(set(about["held_out"].values())))}
     return {
         "dataset": about["dataset"],
@@ -147,7 +138,7 @@ RECKLESS = "oracle per class by HD95 alone (not private)"
 
 
 def add_oracle(models: list[dict[str, Any]], name: str, may_hurt: bool) -> None:
-    """Per class the fixed rule with the least HD95 on the held-out cases themselves, if Dice does not fall (or if)."""
+    """Per class the fixed rule with the least HD95 on the held-out cases; Dice is kept, unless it may hurt."""
     fixed = [name for name in models[0]["values"] if name == "none" or name.startswith("fixed")]
     stacked = {name: np.array([model["values"][name] for model in models], float) for name in fixed}
     chosen = []
@@ -163,34 +154,20 @@ def add_oracle(models: list[dict[str, Any]], name: str, may_hurt: bool) -> None:
 
 def intervals(models: list[dict[str, Any]], name: str) -> dict[str, Any]:
     """Means over repeats, and 95 % intervals of the difference to none: patients are drawn, with all their repeats."""
-    after = np.array([model["values"][name] for model in models], float)
-    before = np.array([model["values"]["none"] for model in models], float)
-    patient = np.array(models[0]["patient"])
-    rng = np.random.default_rng(0)
-    weight = rng.multinomial(patient.max() + 1, np.full(patient.max() + 1, 1 / (patient.max() + 1)), DRAWS)[:, patient]
-
-    def mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        # [draws, classes, metrics]: over cases and repeats, what is empty in both left out (nnU-Net's rule)
-        flat = values.swapaxes(0, 1)
-        known = np.isfinite(flat)
-        total = np.einsum("dn,nrcm->dcm", weights, np.where(known, flat, 0.0))
-        return total / np.einsum("dn,nrcm->dcm", weights, known.astype(float))
-
-    one = np.ones((1, len(patient)))
-    difference = mean(after, weight.astype(float)) - mean(before, weight.astype(float))
-    found = mean(after, one)[0]
-    base = mean(before, one)[0]
-    low, high = np.percentile(difference, [2.5, 97.5], axis=0)
-    low_hd, high_hd = np.percentile(difference[:, :, 1].mean(1), [2.5, 97.5])
+    values = [np.concatenate([np.array(model["values"][one], float) for model in models]) for one in (name, "none")]
+    patients = [f"{number:06}" for model in models for number in model["patient"]]
+    found, base, difference = paired_bootstrap(np.stack(values), patients, DRAWS, seed=0)
+    assert base is not None and difference is not None
+    dice, hd95 = (METRICS.index(metric) for metric in METRICS)
     return {
-        "dice": found[:, 0].tolist(),
-        "hd95": found[:, 1].tolist(),
-        "dice_difference": (found - base)[:, 0].tolist(),
-        "dice_low": low[:, 0].tolist(),
-        "dice_high": high[:, 0].tolist(),
-        "hd95_mean": float(found[:, 1].mean()),
-        "hd95_less": float(1 - found[:, 1].mean() / base[:, 1].mean()),
-        "hd95_difference": [float(found[:, 1].mean() - base[:, 1].mean()), float(low_hd), float(high_hd)],
+        "dice": found.estimate[:-1, dice].tolist(),
+        "hd95": found.estimate[:-1, hd95].tolist(),
+        "dice_difference": difference.estimate[:-1, dice].tolist(),
+        "dice_low": difference.low[:-1, dice].tolist(),
+        "dice_high": difference.high[:-1, dice].tolist(),
+        "hd95_mean": float(found.estimate[-1, hd95]),
+        "hd95_less": float(1 - found.estimate[-1, hd95] / base.estimate[-1, hd95]),
+        "hd95_difference": float(difference.estimate[-1, hd95]),
     }
 
 
@@ -201,10 +178,10 @@ def table(groups: dict[tuple[str, float], list[dict[str, Any]]]) -> str:
         add_oracle(models, ORACLE, may_hurt=False)
         add_oracle(models, RECKLESS, may_hurt=True)
         classes = models[0]["classes"]
-        names = [name for name in models[0]["values"]]
+        names = list(models[0]["values"])
         private = intervals(models, "**adaptive private**")
-        gains = [intervals(models, name)["hd95_difference"][0] or float("nan") for name in (ORACLE, RECKLESS)]
-        share, reckless = (private["hd95_difference"][0] / gain for gain in gains)
+        gains = [intervals(models, name)["hd95_difference"] or float("nan") for name in (ORACLE, RECKLESS)]
+        share, reckless = (private["hd95_difference"] / gain for gain in gains)
         lines += [
             f"### {dataset}, epsilon {epsilon:g}, {len(models)} repeats, {len(models[0]['patient'])} held-out cases "
             f"of {max(models[0]['patient']) + 1} units",

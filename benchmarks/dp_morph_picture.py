@@ -31,7 +31,7 @@ def all_rules(description: dict, spacing: tuple[float, ...]) -> Morphology:
     known = classes_from(description)
     ballot = Ballot(known.classes, questions(spacing))
     yes = [Answer(question.name, 1.0, 1.0, True) for question in ballot.questions]
-    return known.model_copy(update={"classes": decide(ballot, [yes] * len(known.classes))})
+    return known.with_operations(decide(ballot, [yes] * len(known.classes)))
 
 
 def triple(fold: Path) -> tuple[list[np.ndarray], str]:

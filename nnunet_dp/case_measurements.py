@@ -6,11 +6,9 @@ neither mask (a surface runs along them in both). A refusal names a case by its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,8 +19,7 @@ from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.label_scheme import LabelScheme, SegmentedClass
 from nnunet_dp.segmentation_metrics import NOTHING_TO_MEASURE, Mask, Metrics, segmentation_metrics
 from nnunet_dp.segmentations import Spacing, read_prediction, read_segmentation
-
-Progress = Callable[[int, int], None]
+from nnunet_dp.workers import Progress, in_order
 
 
 class CaseFiles(NamedTuple):
@@ -83,22 +80,9 @@ def measure_cases(
     Raises:
         UsageRefusal: images that cannot be read or do not fit their reference, labels that are unknown, or none.
     """
-    measured: list[_Case] = []
-    for case in _each(partial(_measure_case, scheme=scheme, tolerance_mm=tolerance_mm), cases, processes):
-        measured.append(case)
-        if progress:
-            progress(len(measured), len(cases))
+    measure = partial(_measure_case, scheme=scheme, tolerance_mm=tolerance_mm)
+    measured = list(in_order(measure, cases, processes, progress, prepare=_use_one_thread))
     return _stack(measured, scheme.classes or _classes_found(measured), len(cases[0].predictions))
-
-
-def _each(measure: Callable[[CaseFiles], _Case], cases: Sequence[CaseFiles], processes: int) -> Iterator[_Case]:
-    """Every case in order; spawned, because torch's threads do not survive a fork."""
-    if processes == 1:
-        yield from map(measure, cases)
-        return
-    workers = min(processes, len(cases))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_use_one_thread) as pool:
-        yield from pool.map(measure, cases)
 
 
 def _use_one_thread() -> None:

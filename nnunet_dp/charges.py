@@ -13,7 +13,7 @@ What a reader refuses: a line it does not know (version, field, mechanism), edit
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from dp_accounting.dp_event import (
     DpEvent,
@@ -130,6 +130,9 @@ class LedgerEntry(Charge):
         return canonical_line(self.model_dump()) + b"\n"
 
 
+Entry = TypeVar("Entry", bound=Charge)
+
+
 def events_of(entries: Iterable[Charge]) -> list[DpEvent]:
     """The entries as events, counts as self-composition."""
     return [entry.event for entry in entries]
@@ -140,14 +143,24 @@ def epsilon_of(entries: Iterable[Charge], delta: float) -> float:
     return epsilon(events_of(entries), delta)
 
 
+def of_purpose(entries: Iterable[Entry], purpose: str) -> list[Entry]:
+    """The entries that paid for ``purpose``."""
+    return [entry for entry in entries if entry.purpose == purpose]
+
+
+def steps_charged(entries: Iterable[Charge]) -> int:
+    """Number of training releases charged, those lost in a crash included."""
+    return sum(entry.count for entry in of_purpose(entries, TRAINING))
+
+
 def steps_done(entries: Iterable[LedgerEntry]) -> int:
     """Number of different training steps that were charged, counted per run."""
-    return len({(entry.run, step) for entry in entries if entry.purpose == TRAINING for step in entry.steps})
+    return len({(entry.run, step) for entry in of_purpose(entries, TRAINING) for step in entry.steps})
 
 
 def steps_wasted(entries: Iterable[LedgerEntry]) -> int:
     """Training steps that were charged again, because a crash lost them after their charge."""
-    training = [entry for entry in entries if entry.purpose == TRAINING]
+    training = of_purpose(entries, TRAINING)
     return sum(len(entry.steps) for entry in training) - steps_done(training)
 
 

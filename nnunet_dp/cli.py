@@ -28,7 +28,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,7 @@ import typer
 
 from nnunet_dp import TRAINER_NAMES, __version__
 from nnunet_dp.errors import Refusal, UsageRefusal
-
-Progress = Callable[[int, int], None]
-"""Told (cases done, cases in all) after each case."""
+from nnunet_dp.workers import Progress
 
 _WORKFLOW = """Patient-level differentially private training for nnU-Net v2.
 
@@ -285,7 +283,7 @@ morph = typer.Typer(
     help="""DP-Morph: morphology that is learnt privately per class, and applied to predictions for free.
 
     A private training learns its rules by itself, once, from a share of its budget that the plan reserves; they lie in
-    MODEL/morphology.json, and `nnunet-dp predict` applies them.
+    MODEL/fold_X/morphology.json (what folds agree on: MODEL/morphology.json), and `nnunet-dp predict` applies them.
     """,
     no_args_is_help=True,
     rich_markup_mode=None,
@@ -374,11 +372,12 @@ def apply_command(
     from nnunet_dp.morphology import read_morphology
     from nnunet_dp.refined_folder import refine_folder
 
+    morphology = read_morphology(rules)
     with _progress("Refining") as progress:
         done = refine_folder(
-            source, target, read_morphology(rules), dataset_json=dataset_json, processes=processes, progress=progress
+            source, target, morphology, dataset_json=dataset_json, processes=processes, progress=progress
         )
-    typer.echo(f"Refined {done} predictions into {target}, by {read_morphology(rules).kind} rules")
+    typer.echo(f"Refined {done} predictions into {target}, by {morphology.kind} rules")
 
 
 @app.command(
@@ -390,13 +389,14 @@ def predict_command(
     no_morphology: Annotated[bool, typer.Option("--no-morph", help="Do not refine: plain nnUNetv2_predict.")] = False,
     rules: Annotated[
         Path | None,
-        typer.Option("--morphology", exists=True, dir_okay=False, help="Other rules than MODEL/morphology.json."),
+        typer.Option("--morphology", exists=True, dir_okay=False, help="Other rules than the model's."),
     ] = None,
 ) -> None:
     """nnUNetv2_predict, with its own flags, followed by DP-Morph.
 
     All flags but --no-morph and --morphology go to nnUNetv2_predict as they are (nnUNetv2_predict -h lists them). The
-    predictions are then refined where they lie, by the rules in MODEL/morphology.json.
+    predictions are then refined where they lie: by free rules in MODEL/morphology.json, else by what the folds that
+    predict have learnt.
 
     \b
     Example:

@@ -31,7 +31,7 @@ from dp_accounting.dp_event import SelfComposedDpEvent
 from torch import Tensor, nn
 
 from nnunet_dp.accounting import PrivacyBudget, epsilon
-from nnunet_dp.charges import MORPHOLOGY, TRAINING, LedgerEntry
+from nnunet_dp.charges import MORPHOLOGY, TRAINING, of_purpose, steps_charged
 from nnunet_dp.clipping import ClipRule, QuantileAdaptive
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.gradients import Engine, Record, one_at_a_time, trainable
@@ -178,7 +178,7 @@ class PrivateTraining:
     @property
     def charged(self) -> int:
         """Steps charged to this run, those lost in a crash included."""
-        return sum(entry.count for entry in self._own(TRAINING))
+        return steps_charged(self.ledger.own_entries)
 
     @property
     def finished(self) -> bool:
@@ -205,16 +205,14 @@ class PrivateTraining:
         self._descend(mechanism.release(clipped, receipt, fresh_generator(self.execution.device)))
 
     def _refuse_beyond_budget(self) -> None:
+        own = self.ledger.own_entries
+        training, learnt = of_purpose(own, TRAINING), [entry.event for entry in of_purpose(own, MORPHOLOGY)]
         learning = [self.plan.morphology.event] if self.plan.morphology else []
-        strange = [entry for entry in self._own(TRAINING) if entry.unit_event != self.plan.mechanism.event]
-        learnt = [entry.event for entry in self._own(MORPHOLOGY)]
-        if strange or learnt not in ([], learning) or len(self._own(TRAINING, MORPHOLOGY)) < len(self._own()):
+        strange = any(entry.unit_event != self.plan.mechanism.event for entry in training)
+        if strange or learnt not in ([], learning) or len(training) + len(learnt) < len(own):
             raise Refusal("the ledger holds charges of this run that its plan does not know: start a new run")
-        if self.charged >= self.plan.steps:
+        if steps_charged(own) >= self.plan.steps:
             raise BudgetRefusal(f"all {self.plan.steps} planned releases are charged: the budget is spent")
-
-    def _own(self, *purposes: str) -> list[LedgerEntry]:
-        return [entry for entry in self.ledger.own_entries if not purposes or entry.purpose in purposes]
 
     def _descend(self, noised: NoisedSum) -> None:
         """Post-processing: mean by public numbers, optimizer step, threshold, weight average."""

@@ -30,14 +30,13 @@ import numpy as np
 import numpy.typing as npt
 
 from nnunet_dp.bootstrap import LEVEL, Summary, paired_bootstrap
-from nnunet_dp.case_measurements import CaseFiles, Progress, measure_cases
+from nnunet_dp.case_measurements import CaseFiles, measure_cases
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.label_scheme import SegmentedClass, find_scheme
 from nnunet_dp.patients import Patients, cases_as_units, read_patients
-from nnunet_dp.segmentation_metrics import Metrics, segmentation_metrics
+from nnunet_dp.segmentation_metrics import Metrics
 from nnunet_dp.segmentations import find_segmentations, unit_of_length
-
-__all__ = ["Evaluation", "evaluate_folders", "segmentation_metrics"]
+from nnunet_dp.workers import Progress
 
 _CONVENTIONS = {
     "empty_in_both": "left out of every mean",

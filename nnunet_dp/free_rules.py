@@ -56,7 +56,7 @@ def fixed(file: Path, dataset_json: Mapping[str, Any]) -> Morphology:
     """
     found = read_morphology(file)
     refuse_other_classes(found, dataset_json)
-    if found.kind in ("private", "not_private"):
+    if not found.free:
         raise UsageRefusal(
             f"{file.name} was learnt from patients' masks (kind {found.kind}): it belongs to the model whose ledger "
             "paid for it; write fixed rules of your own (kind fixed)"
@@ -99,6 +99,5 @@ def per_image(dataset_json: Mapping[str, Any]) -> Morphology:
     """Public constants; what they do follows the thickness and the components of each image's own prediction."""
     known = classes_from(dataset_json)
     operations = (Opening(inscribed_share=0.2, least_kept=0.9), KeepLargest(least_kept=0.3), FillHoles())
-    classes = tuple(rule.model_copy(update={"operations": operations}) for rule in known.classes)
-    provenance = {"rule": "public constants"}
-    return known.model_copy(update={"kind": "per_image", "classes": classes, "provenance": provenance})
+    rules = known.with_operations([operations] * len(known.classes))
+    return rules.model_copy(update={"kind": "per_image", "provenance": {"rule": "public constants"}})

@@ -17,17 +17,15 @@ Formal guarantee:
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nnunet_dp import TRAINER_NAMES
-from nnunet_dp.charges import MORPHOLOGY, epsilon_of
+from nnunet_dp.charges import MORPHOLOGY, epsilon_of, of_purpose
 from nnunet_dp.dpsgd import PrivacyPlan
 from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger
@@ -58,8 +56,7 @@ from nnunet_dp.run import LATEST, LEDGER, RunFolder, read_checkpoint
 from nnunet_dp.shape_votes import Ballot, learn, questions_for
 from nnunet_dp.soft_morphology import radii_from_mm
 from nnunet_dp.splits import fold_slots
-
-Progress = Callable[[int, int], None]
+from nnunet_dp.workers import Progress, in_order
 
 
 def learn_for_run(
@@ -96,7 +93,7 @@ def learn_for_run(
     plan.verify()
     charge = mechanism.charge(MORPHOLOGY, None)
     total = epsilon_of([*ledger.own_entries, charge], plan.budget.delta)
-    if total > plan.budget.epsilon and not any(entry.purpose == MORPHOLOGY for entry in ledger.own_entries):
+    if total > plan.budget.epsilon and not of_purpose(ledger.own_entries, MORPHOLOGY):  # a second vote: see learn
         raise BudgetRefusal(
             f"learning would lift this run to epsilon {total:.4g}, its target is {plan.budget.epsilon:g}: nothing was "
             "charged; --fixed FILE, --from-phantom KIND and --per-image cost nothing"
@@ -118,7 +115,7 @@ def learn_once(
     if plan.morphology is None:
         place(fold.parent, spacing_mm=facts.common_spacing_mm)
         return "Refinement: this plan gives its whole budget to the training; nothing is learnt from the masks."
-    if any(entry.purpose == MORPHOLOGY for entry in ledger.own_entries):
+    if of_purpose(ledger.own_entries, MORPHOLOGY):
         known = own_rules(fold, ledger)
         place(fold.parent, spacing_mm=facts.common_spacing_mm)
         if known is not None and _is_free(fold.parent):
@@ -128,7 +125,8 @@ def learn_once(
         return f"Refinement: charged, but the run died before {FILE} was written; predictions stay as they are."
     ballot = ballot_for(facts.dataset_json, facts.spacing_mm, len(facts.slots), plan.morphology.noise_multiplier)
     if not ballot.questions:
-        write_morphology(without_questions(ballot), fold / FILE)
+        rules = ballot.rules([()] * len(ballot.classes), "private", nothing_released="too few patients for the noise")
+        write_morphology(rules, fold / FILE)
         place(fold.parent, spacing_mm=facts.common_spacing_mm)
         return "Refinement: too few patients for this noise; nothing is asked, nothing charged, all classes left alone."
     files = SegmentationFiles(facts.dataset_json, facts.plans)
@@ -150,7 +148,7 @@ def own_rules(fold: Path, ledger: Ledger) -> Morphology | None:
     if not (fold / FILE).is_file():
         return None
     rules = read_morphology(fold / FILE)
-    paid = {(entry.run, entry.sequence) for entry in ledger.own_entries if entry.purpose == MORPHOLOGY}
+    paid = {(entry.run, entry.sequence) for entry in of_purpose(ledger.own_entries, MORPHOLOGY)}
     return rules if rules.kind == "private" and rules.paid_by in paid else None
 
 
@@ -201,17 +199,6 @@ def reference_facts(
         slots=tuple(tuple(masks / f"{case}{ending}" for case in cases) for cases in slots.values()),
         common_spacing_mm=common_spacing(folder),
         processes=processes,
-    )
-
-
-def without_questions(ballot: Ballot) -> Morphology:
-    """Rules that leave every class alone, where nothing could be asked."""
-    return Morphology(
-        kind="private",
-        regions=ballot.regions,
-        ignore_label=ballot.ignore_label,
-        classes=ballot.classes,
-        provenance={"nothing_released": "too few patients for the planned noise"},
     )
 
 
@@ -286,13 +273,7 @@ def votes_of(
     ballot: Ballot, slots: Sequence[Sequence[Path]], files: SegmentationFiles, processes: int, progress: Progress | None
 ) -> Iterator[np.ndarray]:
     """Each training patient's votes, as ``Ballot.votes``: private, for ``learn`` alone (and for comparisons)."""
-    work = [(ballot, tuple(slot), files) for slot in slots]
-    if processes <= 1:
-        results: Iterator[np.ndarray] = map(_votes_of, work)
-        yield from _reported(results, len(work), progress)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from _reported(pool.map(_votes_of, work, chunksize=4), len(work), progress)
+    return in_order(_votes_of, [(ballot, tuple(slot), files) for slot in slots], processes, progress)
 
 
 def _votes_of(item: tuple[Ballot, tuple[Path, ...], SegmentationFiles]) -> np.ndarray:
@@ -302,13 +283,6 @@ def _votes_of(item: tuple[Ballot, tuple[Path, ...], SegmentationFiles]) -> np.nd
         return ballot.votes(files.read(file)[:2] for file in references)
     except Exception:
         return ballot.votes(())
-
-
-def _reported(results: Iterator[np.ndarray], total: int, progress: Progress | None) -> Iterator[np.ndarray]:
-    for done, result in enumerate(results, 1):
-        if progress:
-            progress(done, total)
-        yield result
 
 
 def boxes_around(morphology: Morphology, spacing_mm: Sequence[float]) -> tuple[tuple[int, ...], ...]:
@@ -351,7 +325,7 @@ def place(
 
 def _is_free(model: Path) -> bool:
     """Whether rules that looked at no patient lie in the model's folder."""
-    return (model / FILE).is_file() and read_morphology(model / FILE).kind not in ("private", "not_private")
+    return (model / FILE).is_file() and read_morphology(model / FILE).free
 
 
 def _learnt(folds: Sequence[Path]) -> list[Morphology]:

@@ -154,10 +154,21 @@ class Morphology(_Frozen):
         run, sequence = self.provenance.get("ledger_run"), self.provenance.get("ledger_sequence")
         return (run, sequence) if isinstance(run, str) and isinstance(sequence, int) else None
 
+    @property
+    def free(self) -> bool:
+        """Whether the rules look at no patient, so that they cost nothing and belong to no run."""
+        return self.kind not in ("private", "not_private")
+
+    def with_operations(self, operations: Sequence[tuple[Operation, ...]]) -> Morphology:
+        """The same classes with other operations, one tuple for each class."""
+        classes = zip(self.classes, operations, strict=True)
+        return self.model_copy(
+            update={"classes": tuple(rule.model_copy(update={"operations": chosen}) for rule, chosen in classes)}
+        )
+
     def without_operations(self) -> Morphology:
         """The classes alone."""
-        classes = tuple(rule.model_copy(update={"operations": ()}) for rule in self.classes)
-        return self.model_copy(update={"classes": classes, "provenance": {}})
+        return self.with_operations([()] * len(self.classes)).model_copy(update={"provenance": {}})
 
 
 def classes_from(dataset_json: Mapping[str, Any]) -> Morphology:
@@ -194,12 +205,9 @@ def agreed(several: Sequence[Morphology]) -> Morphology:
     first = several[0]
     if any(other.without_operations() != first.without_operations() for other in several):
         raise UsageRefusal("morphology files of different classes or kinds cannot be joined: learn each fold anew")
-    classes = [
-        rule.model_copy(update={"operations": _common([other.classes[row].operations for other in several])})
-        for row, rule in enumerate(first.classes)
-    ]
+    rows = zip(*([rule.operations for rule in other.classes] for other in several), strict=True)
     provenance = first.provenance if len(several) == 1 else {"agreement_of": [other.provenance for other in several]}
-    return first.model_copy(update={"classes": tuple(classes), "provenance": provenance})
+    return first.with_operations([_common(row) for row in rows]).model_copy(update={"provenance": provenance})
 
 
 def _common(lists: Sequence[tuple[Operation, ...]]) -> tuple[Operation, ...]:

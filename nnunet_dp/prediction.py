@@ -6,7 +6,7 @@ Only the cases of this call are refined, by rules that the folds which predict h
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_dp import nnunet
@@ -14,8 +14,7 @@ from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.learning import rules_of
 from nnunet_dp.morphology import read_morphology
 from nnunet_dp.refined_folder import read_description, refine_folder
-
-Progress = Callable[[int, int], None]
+from nnunet_dp.workers import Progress
 
 
 def predict(

@@ -14,9 +14,7 @@ import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ from nnunet_dp.morphology import FILE, Closing, Morphology, Opening, classes_fro
 from nnunet_dp.nnunet import SegmentationFiles
 from nnunet_dp.refinement import refine
 from nnunet_dp.replacing import replacing
+from nnunet_dp.workers import Progress, in_order
 
-Progress = Callable[[int, int], None]
 PICKLE = "postprocessing.pkl"
 
 
@@ -71,9 +69,8 @@ def refine_folder(
         raise UsageRefusal(f"{source} holds no predictions that end in {ending}: is it the output of nnUNetv2_predict?")
     target.mkdir(parents=True, exist_ok=True)
     work = [(description, plans, morphology, source / name, target / name) for name in names]
-    for done, _ in enumerate(_each(_refine_file, work, processes), 1):
-        if progress:
-            progress(done, len(names))
+    for _ in in_order(_refine_file, work, processes, progress):
+        pass
     _carry_along(source, target, morphology, dataset_json)
     return len(names)
 
@@ -103,14 +100,6 @@ def refuse_other_classes(morphology: Morphology, dataset_json: Mapping[str, Any]
         names = ", ".join(f"{rule.name} {list(rule.labels)}" for rule in expected.classes)
         theirs = ", ".join(f"{rule.name} {list(rule.labels)}" for rule in morphology.classes)
         raise UsageRefusal(f"the rules are for other classes: the dataset has {names}; the rules speak of {theirs}")
-
-
-def _each(work: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Any:
-    if processes <= 1 or len(items) <= 1:
-        yield from map(work, items)
-        return
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        yield from (future.result() for future in as_completed([pool.submit(work, item) for item in items]))
 
 
 def _refine_file(item: tuple[dict[str, Any], dict[str, Any] | None, Morphology, Path, Path]) -> None:
@@ -172,13 +161,12 @@ def write_pickle(morphology: Morphology, folder: Path, spacing_mm: Sequence[floa
 
 def _without_lengths(morphology: Morphology) -> tuple[Morphology, tuple[str, ...]]:
     dropped: list[str] = []
-    classes = []
+    kept = []
     for rule in morphology.classes:
         lengths = [operation for operation in rule.operations if _needs_spacing(operation)]
         dropped += [f"{operation.operation} of {rule.name}" for operation in lengths]
-        kept = tuple(operation for operation in rule.operations if operation not in lengths)
-        classes.append(rule.model_copy(update={"operations": kept}))
-    return morphology.model_copy(update={"classes": tuple(classes)}), tuple(dropped)
+        kept.append(tuple(operation for operation in rule.operations if operation not in lengths))
+    return morphology.with_operations(kept), tuple(dropped)
 
 
 def _needs_spacing(operation: Any) -> bool:

@@ -97,7 +97,7 @@ def refine(segmentation: np.ndarray, morphology: Morphology, spacing_mm: Sequenc
     _require_image(segmentation, spacing_mm)
     if not segmentation.size:
         return segmentation.copy()
-    axes = _image_axes(segmentation.shape)
+    axes = image_axes(segmentation.shape)
     image = segmentation.reshape([segmentation.shape[axis] for axis in axes])
     scheme = _scheme(image, morphology, [float(spacing_mm[axis]) for axis in axes])
     codes = _encoded(image, scheme)
@@ -161,14 +161,14 @@ class _Scheme:
 def _require_image(segmentation: np.ndarray, spacing_mm: Sequence[float]) -> None:
     if not np.issubdtype(segmentation.dtype, np.integer):
         raise UsageRefusal(f"a segmentation should hold integers, found {segmentation.dtype}; convert it first")
-    if len(_image_axes(segmentation.shape)) not in (2, 3):
+    if len(image_axes(segmentation.shape)) not in (2, 3):
         raise UsageRefusal(f"a segmentation should have 2 or 3 axes, found {segmentation.ndim}; pass one image a time")
     if len(spacing_mm) != segmentation.ndim or not all(0 < step < math.inf for step in spacing_mm):
         found = ", ".join(map(str, spacing_mm))
         raise UsageRefusal(f"spacing_mm should be {segmentation.ndim} positive numbers, found ({found}); one per axis")
 
 
-def _image_axes(shape: Sequence[int]) -> list[int]:
+def image_axes(shape: Sequence[int]) -> list[int]:
     """Axes longer than one voxel; the last ones as well until there are two."""
     axes = [axis for axis, size in enumerate(shape) if size != 1]
     short = [axis for axis, size in enumerate(shape) if size == 1]

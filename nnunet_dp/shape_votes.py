@@ -35,7 +35,7 @@ import numpy as np
 import torch
 
 from nnunet_dp.ball_morphology import opened
-from nnunet_dp.charges import MORPHOLOGY
+from nnunet_dp.charges import MORPHOLOGY, of_purpose
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.mechanisms import ClippedSum, SubsampledGaussian, fresh_generator
@@ -47,7 +47,7 @@ from nnunet_dp.morphology import (
     Opening,
     Operation,
 )
-from nnunet_dp.refinement import refine
+from nnunet_dp.refinement import image_axes, refine
 
 Mask = tuple[np.ndarray, Sequence[float]]  # integer labels [*spatial], spacing_mm
 
@@ -169,15 +169,24 @@ class Ballot:
     ) -> np.ndarray:
         """The class in a reference mask after the operation, without the guards that spare a prediction."""
         if isinstance(operation, Opening):  # refine would not let it empty a class
-            axes = [axis for axis, size in enumerate(segmentation.shape) if size > 1]
+            axes = image_axes(segmentation.shape)
             mask = np.isin(segmentation, rule.labels).reshape([segmentation.shape[axis] for axis in axes])
             step = [float(spacing_mm[axis]) for axis in axes]
             return opened(mask, operation.radius_mm or 0.0, step).reshape(segmentation.shape)
         asked = operation.model_copy(update={"least_kept": 0.0}) if isinstance(operation, KeepLargest) else operation
-        others = {other.name: () for other in self.classes} | {rule.name: (asked,)}
-        classes = tuple(other.model_copy(update={"operations": others[other.name]}) for other in self.classes)
-        rules = Morphology(kind="fixed", regions=self.regions, ignore_label=self.ignore_label, classes=classes)
+        rules = self.rules([(asked,) if other == rule else () for other in self.classes], "fixed")
         return np.isin(refine(segmentation, rules, spacing_mm), rule.labels)
+
+    def rules(self, operations: Sequence[tuple[Operation, ...]], kind: Any, **provenance: Any) -> Morphology:
+        """The classes with these operations, one tuple for each."""
+        known = Morphology(
+            kind=kind,
+            regions=self.regions,
+            ignore_label=self.ignore_label,
+            classes=self.classes,
+            provenance=provenance,
+        )
+        return known.with_operations(operations)
 
 
 @dataclass(frozen=True)
@@ -248,7 +257,7 @@ def learn(
     """
     if mechanism.sampling_probability != 1:
         raise UsageRefusal("votes are released on the full batch: sampling_probability 1")
-    if any(entry.purpose == MORPHOLOGY for entry in ledger.own_entries):
+    if of_purpose(ledger.own_entries, MORPHOLOGY):
         raise Refusal(
             "this run's share for morphology is charged already: use its morphology.json; if that was lost in a crash, "
             "--fixed FILE, --from-phantom KIND and --per-image cost nothing"
@@ -260,42 +269,32 @@ def learn(
     grid = GRID * deviation
     given = answers(ballot, np.round(noised.numpy() / grid) * grid, deviation)
     paid = ledger.own_entries[-1]
-    return _morphology(ballot, given, "private").model_copy(
-        update={
-            "provenance": {
-                "ledger_run": paid.run,
-                "ledger_sequence": paid.sequence,
-                "unit": ledger.unit,
-                "noise_multiplier": mechanism.noise_multiplier,
-                "l2_bound": ballot.l2_bound,
-                "noise_standard_deviation": deviation,
-                "answers": _as_dict(ballot, given),
-            }
-        }
+    return ballot.rules(
+        decide(ballot, given),
+        "private",
+        ledger_run=paid.run,
+        ledger_sequence=paid.sequence,
+        unit=ledger.unit,
+        noise_multiplier=mechanism.noise_multiplier,
+        l2_bound=ballot.l2_bound,
+        noise_standard_deviation=deviation,
+        answers=_as_dict(ballot, given),
     )
 
 
 def without_noise(ballot: Ballot, votes: Iterable[np.ndarray], kind: Literal["phantom", "not_private"]) -> Morphology:
     """The same decisions from exact sums: of phantoms (free), or of real masks (for comparison only, not private)."""
     (total,) = ballot.total(votes).tensors
-    return _morphology(ballot, answers(ballot, total.numpy(), 0.0), kind)
-
-
-def _morphology(ballot: Ballot, given: Sequence[Sequence[Answer]], kind: Any) -> Morphology:
-    classes = decide(ballot, given)
-    return Morphology(kind=kind, regions=ballot.regions, ignore_label=ballot.ignore_label, classes=classes)
+    return ballot.rules(decide(ballot, answers(ballot, total.numpy(), 0.0)), kind)
 
 
 def _as_dict(ballot: Ballot, given: Sequence[Sequence[Answer]]) -> dict[str, list[dict[str, Any]]]:
     return {rule.name: [asdict(answer) for answer in row] for rule, row in zip(ballot.classes, given, strict=True)}
 
 
-def decide(ballot: Ballot, given: Sequence[Sequence[Answer]]) -> tuple[ClassRefinement, ...]:
-    """The classes with the operations that were allowed: opening, then components, then holes."""
-    return tuple(
-        rule.model_copy(update={"operations": _in_order(ballot.questions, row)})
-        for rule, row in zip(ballot.classes, given, strict=True)
-    )
+def decide(ballot: Ballot, given: Sequence[Sequence[Answer]]) -> list[tuple[Operation, ...]]:
+    """The operations that were allowed for each class: opening, then components, then holes."""
+    return [_in_order(ballot.questions, row) for row in given]
 
 
 def _in_order(asked: Sequence[Question], row: Sequence[Answer]) -> tuple[Operation, ...]:

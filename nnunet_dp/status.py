@@ -14,7 +14,16 @@ from typing import Any
 
 from nnunet_dp import TRAINER_NAMES
 from nnunet_dp.accounting import which_accountant
-from nnunet_dp.charges import MORPHOLOGY, TRAINING, LedgerEntry, epsilon_of, events_of, steps_done, steps_wasted
+from nnunet_dp.charges import (
+    MORPHOLOGY,
+    LedgerEntry,
+    epsilon_of,
+    events_of,
+    of_purpose,
+    steps_charged,
+    steps_done,
+    steps_wasted,
+)
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_copy, read_ledger
 from nnunet_dp.morphology import FILE, read_morphology
@@ -113,19 +122,15 @@ def read_status(folder: Path) -> Status:
         raise Refusal(f"charges in a model folder are missing from the dataset's {LEDGER}: put it back from a backup")
     mine = _run_entries(folder, copies.get(copy, ()), dataset)
     charged = sum(entry.count for entry in mine)
-    if charged < proved or _steps_charged(mine) < (taken or 0):
+    if charged < proved or steps_charged(mine) < (taken or 0):
         raise Refusal(
             f"the checkpoint in {folder.name} proves at least {proved} charges, found {charged} in the ledger: put "
             f"{LEDGER} back from a backup"
         )
-    paid = [(entry.run, entry.sequence) for entry in mine if entry.purpose == MORPHOLOGY]
+    paid = [(entry.run, entry.sequence) for entry in of_purpose(mine, MORPHOLOGY)]
     if (folder / FILE).is_file() and read_morphology(folder / FILE).paid_by not in (None, *paid):
         raise Refusal(f"{FILE} in {folder.name} was learnt from masks, but no charge paid for it: put {LEDGER} back")
     return _status(section, configuration, mine, dataset, taken)
-
-
-def _steps_charged(entries: tuple[LedgerEntry, ...]) -> int:
-    return sum(entry.count for entry in entries if entry.purpose == TRAINING)
 
 
 def _run_entries(
@@ -177,7 +182,7 @@ def _status(
         not_covered=tuple(sorted({*NOT_COVERED, *section.not_covered})),
         steps_done=steps_done(mine) if taken is None else taken,
         steps_planned=plan.steps,
-        steps_wasted=steps_wasted(mine) if taken is None else _steps_charged(mine) - taken,
+        steps_wasted=steps_wasted(mine) if taken is None else steps_charged(mine) - taken,
         noise_multiplier=plan.noise_multiplier,
         sampling_probability=plan.sampling_probability,
         patients=section.patients,

@@ -201,7 +201,7 @@ def learning(folder, monkeypatch, resumed=None, **changes) -> SimpleNamespace:
         preprocessed_dataset_folder_base=folder, output_folder=folder, dataset_json={}, configuration_name="2d",
         plans_manager=SimpleNamespace(plans={}), configuration_manager=SimpleNamespace(spacing=(1.0, 1.0)),
         private=SimpleNamespace(plan=None, checkpoint=None, ledger=SimpleNamespace(own_entries=[entry])),
-        _radii=resumed, _radii_to_resume=resumed, print_to_log_file=print, _open_logits=said.opened.append,
+        _radii=resumed, print_to_log_file=print, _open_logits=said.opened.append,
         _save_latest=lambda: said.saved.append(trainer._radii),
     )  # fmt: skip
     monkeypatch.setattr(module, "reference_facts", lambda *found: None)

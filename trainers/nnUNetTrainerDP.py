@@ -112,7 +112,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.num_epochs = math.ceil(self.private_plan.steps / self.num_iterations_per_epoch)
         self.private: PrivateTraining | None = None
         self._resume: dict | None = None
-        self._radii = self._radii_to_resume = None
+        self._radii = None
         self._only_weights = False
 
     # ---- refusals, all before the first charge -----------------------------------------------------------------
@@ -313,7 +313,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         if self.in_network == "adaptive":
             rules = own_rules(fold, training.ledger)  # only what this run's own charge paid for
             radii = boxes_around(rules, self.configuration_manager.spacing) if rules else None
-            if self._radii_to_resume is not None and self._radii_to_resume != radii:
+            if self._radii is not None and self._radii != radii:  # of the checkpoint that is continued
                 raise Refusal(f"{FILE} in {fold.name} is not the one this run began with: put it back from a backup")
             self._radii = radii
             if radii is not None:
@@ -471,7 +471,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
             self._only_weights = True
         elif "private" in checkpoint:
             self._resume = checkpoint["private"]
-            self._radii = self._radii_to_resume = checkpoint.get("radii")
+            self._radii = checkpoint.get("radii")
             self.current_epoch = checkpoint["epoch"]
             self.logger.load_checkpoint(checkpoint["logging"])
         else:
