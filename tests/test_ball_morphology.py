@@ -192,6 +192,14 @@ def test_holes_are_those_of_scipy(case):
     assert np.array_equal(holes(mask, case[2], largest_mm3=1e9), expected)
 
 
+def test_background_at_the_border_is_never_a_hole_however_many_volumes_are_tried():
+    generator = np.random.default_rng(0)
+    for _ in range(2000):
+        noise = ndimage.gaussian_filter(generator.random(tuple(generator.integers(1, 10, 3))), 0.6)
+        mask = noise > generator.uniform(0.35, 0.55)
+        assert np.array_equal(holes(mask, (1.0, 1.0, 1.0)), ndimage.binary_fill_holes(mask) & ~mask)
+
+
 def test_a_hole_larger_than_the_limit_stays_open():
     mask = np.ones((9, 12), bool)
     mask[1, 1] = mask[4:6, 4:6] = mask[0, 8] = False
