@@ -7,6 +7,7 @@ link       :func:`nnunet_dp.link.link`, ``unlink``          where the shim lies
 env        :func:`nnunet_dp.link.external_trainer_export`   one line for the shell
 phantom    :func:`nnunet_dp.phantoms.write_dataset`         the folder and what to type next
 plan       :func:`nnunet_dp.nnunet.plan_dataset`            the plan as a table or as JSON
+pretrain   :func:`nnunet_dp.nnunet_start.pretrain`          the public start's file and recipe
 status     :func:`nnunet_dp.status.read_status`             what was spent, as a table or as JSON
 morph      :mod:`nnunet_dp.learning`, ``refined_folder``    the rules, or how many files were refined
 predict    :func:`nnunet_dp.prediction.predict`             nnU-Net's output, and what was refined
@@ -162,8 +163,10 @@ def env_command() -> None:
 @app.command("phantom")
 def phantom_command(
     out: Annotated[Path, typer.Argument(help="Folder in which the dataset's own folder is made.")],
-    kind: Annotated[str, typer.Option(help="hippocampus (3D, two classes) or lesion (2D RGB).")],
-    patients: Annotated[int, typer.Option(min=1, help="Training patients; some have two cases.")],
+    kind: Annotated[
+        str, typer.Option(help="hippocampus, heart, ct_kidney or mpmri (3D), lesion or layers (2D).")
+    ],
+    patients: Annotated[int, typer.Option(min=1, help="Training patients; some have several cases.")],
     seed: Annotated[int, typer.Option(help="The same seed draws the same data.")],
     dataset_id: Annotated[int | None, typer.Option("--id", min=1, max=999, help="nnU-Net's dataset number.")] = None,
     test_patients: Annotated[int, typer.Option(min=0, help="Further patients, held out for testing.")] = 0,
@@ -171,8 +174,8 @@ def phantom_command(
 ) -> None:
     """Draw an artificial dataset: public, so it costs no privacy.
 
-    3D kinds are written as the Medical Segmentation Decathlon lays them out (TaskXXX_Name), 2D kinds as
-    nnU-Net's raw data (DatasetXXX_Name); patients.csv says which cases belong to one patient.
+    3D kinds are written as the Medical Segmentation Decathlon lays them out (TaskXXX_Name), 2D kinds and kinds
+    with regions as nnU-Net's raw data (DatasetXXX_Name); patients.csv says which cases belong to one patient.
 
     \b
     Example:
@@ -223,6 +226,11 @@ def plan_command(
         typer.Option(help="Share of the budget (of mu^2) for learning how to refine. Default: 0.04."),
     ] = None,
     no_morphology: Annotated[bool, typer.Option("--no-morph", help="All of the budget to the training.")] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="FIELD=VALUE instead of a rule, as often as wanted; the noise is recalibrated."),
+    ] = None,
+    no_start: Annotated[bool, typer.Option("--no-start", help="No public start: random weights.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a plan that differs.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -237,6 +245,7 @@ def plan_command(
       nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
     """
     from nnunet_dp.nnunet import plan_dataset
+    from nnunet_dp.planning import ByHand
 
     report = plan_dataset(
         dataset,
@@ -250,12 +259,64 @@ def plan_command(
         compute=compute.value,
         public_weights=public_weights,
         morphology_share=_morphology_share(morphology_share, no_morphology),
+        public_start=not no_start,
+        by_hand=ByHand.parse(settings or ()),
         overwrite=overwrite,
     )
     _show(report, as_json)
     if not as_json:
         typer.echo("Written." if report.changed else "Nothing changed: this plan was there already.")
         typer.echo(f"Next: {_train_command(dataset, configuration, report.plans_name)}")
+
+
+@app.command("pretrain")
+def pretrain_command(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
+    configuration: Annotated[str, typer.Option("-c", "--configuration", help="Such as 2d or 3d_fullres.")],
+    plans: Annotated[str, typer.Option("-p", "--plans", help="Private plans, as `nnunet-dp plan` named them.")],
+    phantom: Annotated[
+        list[str] | None, typer.Option(help="Kind to learn from; give it again for more. Default: the plan's.")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(min=1, help="Batches. Default: the plan's.")] = None,
+    from_public: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Begin from this nnU-Net checkpoint on public data."),
+    ] = None,
+    no_patient_overlap: Annotated[
+        bool, typer.Option("--no-patient-overlap", help="Declare: none of my patients was in that checkpoint's data.")
+    ] = False,
+    device: Annotated[str, typer.Option("-device", help="cuda or cpu.")] = "cuda",
+    processes: Annotated[int, typer.Option("-np", min=1, help="Processes that draw phantoms.")] = 2,
+    as_json: AsJson = False,
+) -> None:
+    """Make the public start of a private plan: what the network learns from phantoms before the first private step.
+
+    It reads no private data and costs no privacy. A private training makes it by itself where it is missing; this
+    command makes it beforehand, or by a recipe of your own, which is written into the plan. The file lies in the
+    dataset's preprocessed folder, with its recipe and SHA-256 beside it, and serves all plans with the same network.
+
+    A checkpoint given with --from-public gives the tensors whose names and shapes the planned network has (so its
+    width should be the plan's); its SHA-256 and your declaration are recorded.
+
+    \b
+    Example:
+      nnunet-dp pretrain -d 4 -c 3d_fullres -p nnUNetPlansDP_eps8
+      nnunet-dp pretrain -d 4 -c 3d_fullres -p nnUNetPlansDP_eps8 --phantom hippocampus --phantom shapes
+    """
+    import torch
+
+    from nnunet_dp.nnunet_start import pretrain
+
+    if (from_public is not None) != no_patient_overlap:
+        raise UsageRefusal("--from-public and --no-patient-overlap go together: patients in both would not be covered")
+    chosen = torch.device(device if device != "cuda" or torch.cuda.is_available() else "cpu")
+    with _progress("Learning from phantoms") as progress:
+        report = pretrain(
+            dataset, configuration, plans, chosen, processes, tuple(phantom or ()), iterations, from_public, progress
+        )
+    _show(report, as_json)
+    if not as_json:
+        typer.echo(f"Next: {_train_command(dataset, configuration, plans)}")
 
 
 @app.command("status")

@@ -43,9 +43,11 @@ from nnunet_dp.patients import (
     read_patients,
     write_canonical,
 )
+from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds
 from nnunet_dp.planning import (
     MORPHOLOGY_SHARE,
     NOT_COVERED,
+    ByHand,
     Compute,
     ConfigurationPlan,
     PrivacySection,
@@ -247,6 +249,8 @@ def plan_dataset(
     compute: Compute = "full",
     public_weights: Path | None = None,
     morphology_share: float = MORPHOLOGY_SHARE,
+    public_start: bool = True,
+    by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
     overwrite: bool = False,
 ) -> PlanReport:
     """Write private plans beside nnU-Net's; a pure function of the budget and public facts.
@@ -273,8 +277,9 @@ def plan_dataset(
     budget = PrivacyBudget(epsilon=epsilon, delta=delta, unit=patients.unit)
     dataset_json = json.loads((folder / "dataset.json").read_text())
     private, section = _private(
-        source, configuration, dataset_json, folder, patients, budget, compute, public_weights, morphology_share
-    )
+        source, configuration, dataset_json, folder, patients, budget, compute, public_weights, morphology_share,
+        public_start, by_hand,
+    )  # fmt: skip
     name = output or plans_name(plans, epsilon)
     file = folder / f"{name}.json"
     private["plans_name"] = name
@@ -283,12 +288,30 @@ def plan_dataset(
 
 
 def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
-    """Ordinary plans turned private in memory, to the default budget and under their own name."""
+    """Ordinary plans turned private in memory, to the default budget and under their own name.
+
+    Without a public start, so that a training that nobody planned begins at once.
+    """
     folder = preprocessed_folder(plans["dataset_name"])
     _refuse_configuration(plans, configuration)
     patients = find_patients(folder)
     budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
-    return _private(plans, configuration, dataset_json, folder, patients, budget, "full", None)[0]
+    return _private(plans, configuration, dataset_json, folder, patients, budget, "full", None, public_start=False)[0]
+
+
+def public_facts(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> PublicFacts:
+    """What decides which phantoms resemble a dataset, from its plans and its dataset.json."""
+    schemes = next(iter(plans["configurations"].values())).get("normalization_schemes", ())
+    shape = plans.get("original_median_shape_after_transp", ())
+    values = {int(v) for label in dataset_json["labels"].values() for v in np.atleast_1d(label)}
+    ignored = {dataset_json["labels"]["ignore"]} if "ignore" in dataset_json["labels"] else set()
+    return PublicFacts(
+        dimensions=2 if len(shape) == 3 and round(shape[0]) == 1 else 3,
+        channels=len(dataset_json.get("channel_names", dataset_json.get("modality", {}))),
+        calibrated="CTNormalization" in schemes,
+        classes=len(values - {0} - ignored),
+        regions=bool(PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).has_regions),
+    )
 
 
 def _refuse_configuration(plans: dict[str, Any], configuration: str) -> None:
@@ -309,6 +332,8 @@ def _private(
     compute: Compute,
     public_weights: Path | None,
     morphology_share: float = MORPHOLOGY_SHARE,
+    public_start: bool = True,
+    by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
 ) -> tuple[dict[str, Any], PrivacySection]:
     manager = PlansManager(source).get_configuration(configuration)
     architecture = manager.configuration["architecture"]
@@ -322,6 +347,8 @@ def _private(
         tuple(round(edge) for edge in source.get("original_median_shape_after_transp", ())),
         morphology_share,
         len(classes_from(dataset_json).classes),
+        matching_kinds(public_facts(source, dataset_json)) if public_start and public_weights is None else (),
+        by_hand,
     )
     kept = folder / PATIENTS
     section = PrivacySection(

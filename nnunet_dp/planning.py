@@ -25,11 +25,11 @@ had been judged on that dataset's held-out cases. Its figure in docs/results.md 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 from dp_accounting.dp_event import ComposedDpEvent, DpEvent, SelfComposedDpEvent
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget, calibrate, gaussian_mu
 from nnunet_dp.clipping import RULE_NAMES, ClipRule, make_rule
@@ -43,6 +43,7 @@ TRAINING_SHARE = 0.8  # four of five folds: the public share of patients that tr
 PATCH_LIMIT: dict[str, int] = {"full": 120_000, "small": 10_000}
 STEP_LIMIT: dict[str, int] = {"full": 300, "small": 60}
 FEWEST_STEPS = 10
+START_ITERATIONS: dict[str, int] = {"full": 3000, "small": 1500}
 MORPHOLOGY_SHARE = 0.04  # of mu^2: two percent more noise on the training
 
 
@@ -80,6 +81,32 @@ class MorphologyPlan(_Frozen):
     noise_multiplier: float = Field(gt=0)
 
 
+class PublicStart(_Frozen):
+    """What the network learns from phantoms before the first private step; costs no privacy.
+
+    Attributes:
+        kinds: phantom kinds, in turn.
+        images: phantoms drawn; each is randomised anew whenever it is used.
+        iterations: batches learnt from.
+        batch: patches in each.
+        learning_rate: of AdamW, at its highest.
+        seed: of phantoms, network and batches.
+        public_weights_sha256: a file of weights on public data that it began from, if any.
+    """
+
+    kinds: tuple[str, ...] = Field(min_length=1)
+    images: int = Field(gt=0)
+    iterations: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    learning_rate: float = Field(gt=0)
+    seed: int = Field(default=0, ge=0)
+    public_weights_sha256: str | None = None
+
+    def describe(self) -> str:
+        """For people."""
+        return f"{self.iterations} iterations of {self.batch} on {self.images} phantoms ({', '.join(self.kinds)})"
+
+
 class ConfigurationPlan(_Frozen):
     """The private training of one nnU-Net configuration."""
 
@@ -95,6 +122,8 @@ class ConfigurationPlan(_Frozen):
     compute: Compute
     clip_rules: dict[str, RulePlan]
     morphology: MorphologyPlan | None = None
+    start: PublicStart | None = None
+    by_hand: tuple[str, ...] = ()
 
     def privacy_plan(self, budget: PrivacyBudget, rule: str, units: int) -> PrivacyPlan:
         """What moves epsilon, for a fold with that public number of training slots."""
@@ -113,6 +142,56 @@ class ConfigurationPlan(_Frozen):
         return Schedule(self.clip_rules[rule].learning_rate, self.decay_power, self.momentum, self.average_share)
 
 
+class ByHand(_Frozen):
+    """What a user sets in place of a rule; None leaves it to the rule.
+
+    The noise is calibrated afterwards in any case, so nothing set here moves what the training spends.
+
+    >>> ByHand.parse(["steps=50", "features_per_stage=8,16,32"]).names
+    ('features_per_stage', 'steps')
+    """
+
+    features_per_stage: tuple[int, ...] | None = Field(default=None, min_length=3)
+    steps: int | None = Field(default=None, gt=0, le=100_000)
+    sampling_probability: float | None = Field(default=None, gt=0, le=1)
+    patches_per_patient: int | None = Field(default=None, gt=0, le=64)
+    augmentation: Literal["none", "nnunet"] | None = None
+    learning_rate: float | None = Field(default=None, gt=0)
+    average_share: float | None = Field(default=None, gt=0, le=1)
+    momentum: float | None = Field(default=None, ge=0, lt=1)
+    decay_power: float | None = Field(default=None, ge=0)
+
+    @classmethod
+    def parse(cls, settings: Sequence[str]) -> ByHand:
+        """From words such as ``steps=50``.
+
+        Raises:
+            UsageRefusal: for unknown names and impossible values, with all names.
+        """
+        given: dict[str, Any] = {}
+        for setting in settings:
+            name, _, value = setting.partition("=")
+            given[name.strip()] = value.split(",") if name.strip() == "features_per_stage" else value.strip()
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            wrong = ", ".join(str(found["loc"][0]) for found in error.errors())
+            raise UsageRefusal(
+                f"--set should name a field of the plan and give a possible value, found a wrong {wrong}; fields: "
+                f"{', '.join(cls.model_fields)}; type for instance --set steps=50"
+            ) from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What is set."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    def instead_of(self, name: str, ruled: Any) -> Any:
+        """The user's value, or the rule's."""
+        mine = getattr(self, name)
+        return ruled if mine is None else mine
+
+
 class PrivacySection(_Frozen):
     """The versioned ``differential_privacy`` section of a plans file."""
 
@@ -122,7 +201,7 @@ class PrivacySection(_Frozen):
     patients_file_sha256: str | None = Field(description="canonical patients.csv in the preprocessed folder, if any")
     source_plans: str
     accountant: str = ACCOUNTANT
-    public_weights_sha256: str | None = Field(None, description="declared public -pretrained_weights, if any")
+    public_weights_sha256: str | None = Field(default=None, description="declared public -pretrained_weights, if any")
     covers: tuple[str, ...] = ("training of the network weights",)
     not_covered: tuple[str, ...]
     configurations: dict[str, ConfigurationPlan]
@@ -213,9 +292,13 @@ def patches_per_patient(patch_size: tuple[int, ...], image_shape: tuple[int, ...
     return min(8, image_shape[0]) if len(patch_size) == 2 and len(image_shape) == 3 else 1
 
 
-def clip_rules(step_count: int) -> dict[str, RulePlan]:
-    """Constants and learning rates of all rules; rates are in units of each rule's bound, so one rate serves all."""
-    rate = round(min(1.0, max(0.3, math.sqrt(step_count / 100))), 3)
+def learning_rate(step_count: int) -> float:
+    """Of the first step, in units of the clip rule's bound: between 0.3 and 1, growing as the root of the steps."""
+    return round(min(1.0, max(0.3, math.sqrt(step_count / 100))), 3)
+
+
+def clip_rules(rate: float) -> dict[str, RulePlan]:
+    """Constants of all rules; rates are in units of each rule's bound, so one learning rate serves all."""
     constants: dict[str, dict[str, float]] = {
         "flat": {"bound": 0.1},
         "auto_s": {"bound": 1.0, "regulariser": 0.01},
@@ -248,6 +331,18 @@ def morphology(budget: PrivacyBudget, share: float, patients: int, classes: int)
     return MorphologyPlan(share=share, noise_multiplier=noise)
 
 
+def public_start(kinds: tuple[str, ...], patch_size: tuple[int, ...], compute: Compute) -> PublicStart:
+    """What to learn from phantoms: batches of about 200 000 voxels, 2 to 16 patches, as many as half an hour allows.
+
+    A voxel of a batch costs about 1.3 microseconds on two cores with 16 features (Hippocampus), so 1.2e9 of them stay
+    below half an hour; 3000 iterations are enough, fewer than 300 are not worth while.
+    """
+    voxels = math.prod(patch_size)
+    batch = max(2, min(16, round(200_000 / voxels)))
+    iterations = max(300, min(START_ITERATIONS[compute], round(1.2e9 / (batch * voxels))))
+    return PublicStart(kinds=kinds, images=400, iterations=iterations, batch=batch, learning_rate=2e-3)
+
+
 def plan_configuration(
     budget: PrivacyBudget,
     patients: int,
@@ -258,6 +353,8 @@ def plan_configuration(
     image_shape: tuple[int, ...] = (),
     morphology_share: float = MORPHOLOGY_SHARE,
     classes: int = 1,
+    phantom_kinds: tuple[str, ...] = (),
+    by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
 ) -> ConfigurationPlan:
     """The private training of one configuration, calibrated to the budget.
 
@@ -271,12 +368,21 @@ def plan_configuration(
         image_shape: median image of the source plans, first axis first; empty or 1 there for 2D images.
         morphology_share: of mu^2, for what refinement learns; 0 gives all to the training.
         classes: foreground classes or regions.
+        phantom_kinds: that resemble the dataset, for the public start; none for random weights.
+        by_hand: what the user set in place of a rule.
+
+    Raises:
+        UsageRefusal: for settings that this network cannot have.
     """
-    shape = features(parameter_limit(patients), count_parameters, stages(patch_size, strides))
+    own = by_hand.instead_of
+    depth = stages(patch_size, strides)
+    shape = own("features_per_stage", None) or features(parameter_limit(patients), count_parameters, depth)
+    if len(shape) > len(strides):
+        raise UsageRefusal(f"features_per_stage should name at most {len(strides)} stages, found {len(shape)}")
     parameters = count_parameters(shape)
-    step_count = steps(budget, patients, parameters, compute)
-    patches = patches_per_patient(patch_size, image_shape)
-    q = sampling_probability(patients, step_count, patches, compute)
+    step_count = own("steps", steps(budget, patients, parameters, compute))
+    patches = own("patches_per_patient", patches_per_patient(patch_size, image_shape))
+    q = own("sampling_probability", sampling_probability(patients, step_count, patches, compute))
     refinement = morphology(budget, morphology_share, patients, classes)
     noise = calibrate(lambda z: _composed(z, q, step_count, refinement), budget)
     return ConfigurationPlan(
@@ -284,14 +390,16 @@ def plan_configuration(
         sampling_probability=q,
         noise_multiplier=noise,
         patches_per_patient=patches,
-        augmentation="none",
-        average_share=0.1,
-        momentum=0.0,
-        decay_power=0.9,
+        augmentation=own("augmentation", "none"),
+        average_share=own("average_share", 0.1),
+        momentum=own("momentum", 0.0),
+        decay_power=own("decay_power", 0.9),
         network=NetworkPlan(features_per_stage=shape, parameters=parameters),
         compute=compute,
-        clip_rules=clip_rules(step_count),
+        clip_rules=clip_rules(own("learning_rate", learning_rate(step_count))),
         morphology=refinement,
+        start=public_start(phantom_kinds, patch_size, compute) if phantom_kinds else None,
+        by_hand=by_hand.names,
     )
 
 

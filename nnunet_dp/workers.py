@@ -9,6 +9,7 @@ Design note: processes are spawned, never forked: torch's and ITK's threads do n
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -42,6 +43,18 @@ def in_order(
         return
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=prepare) as pool:
         yield from _reported(pool.map(work, items), len(items), progress)
+
+
+def in_tenths(say: Callable[[str], None], what: str) -> Progress:
+    """Progress for a log: a line with the time that is left, at every tenth."""
+    began = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        if done == total or done % max(-(-total // 10), 1) == 0:
+            left = (time.monotonic() - began) / done * (total - done)
+            say(f"{what}: {done} of {total}, {left / 60:.1f} min left")
+
+    return tell
 
 
 def _reported(results: Iterator[Result], total: int, progress: Progress | None) -> Iterator[Result]:

@@ -96,9 +96,11 @@ class Workplace:
         few = ("-c", self.configuration, "-np", 1, "-npfp", 1)
         self.run("nnUNetv2_plan_and_preprocess", "-d", self.number, *few, *options)
 
-    def plan(self, *options: object, configuration: str | None = None, exit_code: int = 0) -> str:
-        """``nnunet-dp plan``."""
-        chosen = ("-d", self.number, "-c", configuration or self.configuration)
+    def plan(
+        self, *options: object, configuration: str | None = None, exit_code: int = 0, start: bool = False
+    ) -> str:
+        """``nnunet-dp plan``; a public start takes longer than most tests may."""
+        chosen = ("-d", self.number, "-c", configuration or self.configuration, *(() if start else ("--no-start",)))
         return self.run("nnunet-dp", "plan", *chosen, *options, exit_code=exit_code)
 
     def charges(self) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from nnunet_dp.phantoms.anatomy import (
     tube,
 )
 
-SMALL = {"hippocampus": (20, 24, 20), "lesion": (48, 48)}
+SMALL = {**{name: kind.smallest_shape for name, kind in KINDS.items()}, "hippocampus": (20, 24, 20), "lesion": (48, 48)}
 VERIFY = """
 import sys
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
@@ -71,8 +71,9 @@ def test_nnunet_converts_and_verifies_the_decathlon_task(tmp_path):
     run_nnunet([str(tmp_path / "verify.py"), str(raw)], tmp_path)
 
 
-def test_nnunet_verifies_the_raw_dataset(tmp_path):
-    folder = write_dataset(tmp_path, "lesion", 2, 5, shape=SMALL["lesion"])
+@pytest.mark.parametrize("kind", sorted(name for name, kind in KINDS.items() if not kind.decathlon))
+def test_nnunet_verifies_the_raw_dataset(kind, tmp_path):
+    folder = write_dataset(tmp_path, kind, 2, 5, shape=SMALL[kind])
     (tmp_path / "verify.py").write_text(VERIFY)
     run_nnunet([str(tmp_path / "verify.py"), str(folder)], tmp_path)
 
@@ -117,12 +118,13 @@ def test_the_order_of_drawing_does_not_matter(dataset):
 
 
 def test_patients_csv_gives_each_training_case_one_patient(dataset):
-    _, folder = dataset
+    kind, folder = dataset
     table = rows(folder / "patients.csv")
     assert list(table[0]) == ["case", "patient"]
     names = [path.name.split(".")[0] for path in sorted((folder / "labelsTr").iterdir())]
     assert [row["case"] for row in table] == names
-    assert len({row["patient"] for row in table}) == 4 < len(table)
+    assert len({row["patient"] for row in table}) == 4
+    assert (len(table) > 4) == (KINDS[kind].cases_per_patient[1] > 1)
 
 
 def test_cases_are_named_as_in_the_decathlon_and_listed_in_dataset_json(dataset):
@@ -139,11 +141,49 @@ def test_cases_are_named_as_in_the_decathlon_and_listed_in_dataset_json(dataset)
 @pytest.mark.parametrize("size", ["smallest", "realistic"])
 def test_every_case_holds_every_class(kind, size):
     shape = KINDS[kind].smallest_shape if size == "smallest" else None
-    for index in range(12):
+    for index in range(20 if size == "smallest" else 12):
         scan = KINDS[kind].render(Patient(kind, 9, index), index % 2, shape)
-        assert set(np.unique(scan.segmentation)) == set(KINDS[kind].labels.values())
+        assert tuple(np.unique(scan.segmentation)) == KINDS[kind].label_values
         assert scan.image.shape == (len(KINDS[kind].channel_names), *scan.segmentation.shape)
         assert np.isfinite(scan.image).all() and scan.image.dtype == np.float32
+
+
+def test_each_kind_has_a_number_and_a_title_of_its_own():
+    for field in ("dataset_id", "title", "name"):
+        assert len({getattr(kind, field) for kind in KINDS.values()}) == len(KINDS)
+    assert all(kind.label_values == tuple(range(len(kind.label_values))) for kind in KINDS.values())
+
+
+def test_kinds_with_regions_are_written_one_file_a_channel_with_regions_in_dataset_json(tmp_path):
+    folder = write_dataset(tmp_path, "mpmri", 1, 5, shape=SMALL["mpmri"], cases_per_patient=(1, 1), test_patients=1)
+    assert folder.name == "Dataset306_PhantomGlioma"
+    description = json.loads((folder / "dataset.json").read_text())
+    assert description["labels"] == {
+        "background": 0, "whole tumour": [1, 2, 3], "tumour core": [2, 3], "enhancing tumour": 3
+    }  # fmt: skip
+    assert description["regions_class_order"] == [1, 2, 3]
+    for part, name in (("Tr", "mpmri_001"), ("Ts", "mpmri_002")):
+        channels = [path.name for path in sorted((folder / f"images{part}").iterdir())]
+        assert channels == [f"{name}_{number:04d}.nii.gz" for number in range(4)]
+        assert [path.name for path in (folder / f"labels{part}").iterdir()] == [f"{name}.nii.gz"]
+
+
+def test_each_channel_file_holds_its_channel(tmp_path):
+    folder = write_dataset(tmp_path, "mpmri", 1, 5, shape=SMALL["mpmri"])
+    expected = KINDS["mpmri"].render(Patient("mpmri", 5, 0), 0, SMALL["mpmri"])
+    for number, channel in enumerate(expected.image):
+        image = sitk.ReadImage(folder / "imagesTr" / f"mpmri_001_{number:04d}.nii.gz")
+        assert image.GetSpacing() == expected.spacing_mm
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(image).transpose(), channel)
+
+
+def test_grey_png_files_have_two_axes_and_hold_the_scan(tmp_path):
+    folder = write_dataset(tmp_path, "layers", 1, 5, shape=SMALL["layers"])
+    expected = KINDS["layers"].render(Patient("layers", 5, 0), 0, SMALL["layers"])
+    image = io.imread(folder / "imagesTr" / "layers_001_0000.png")
+    assert image.dtype == np.uint8
+    np.testing.assert_array_equal(image, expected.image[0])
+    np.testing.assert_array_equal(io.imread(folder / "labelsTr" / "layers_001.png"), expected.segmentation)
 
 
 def test_png_files_are_rgb_images_and_labels_of_zero_and_one(tmp_path):
@@ -209,7 +249,7 @@ def test_lesions_differ_from_the_skin_around_them():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"kind": "toe"}, "hippocampus, lesion"),
+        ({"kind": "toe"}, "hippocampus, layers, lesion"),
         ({"patients": 0}, "at least 1"),
         ({"seed": -1}, "at least 0"),
         ({"dataset_id": 1000}, "between 1 and 999"),

@@ -26,6 +26,7 @@ from nnunet_dp.planning import (
     PATCH_LIMIT,
     STEP_LIMIT,
     TRAINING_SHARE,
+    ByHand,
     MorphologyPlan,
     PrivacySection,
     clip_rules,
@@ -35,6 +36,7 @@ from nnunet_dp.planning import (
     parameter_limit,
     patches_per_patient,
     plan_configuration,
+    public_start,
     sampling_probability,
     stages,
     steps,
@@ -88,7 +90,7 @@ def test_the_same_public_facts_give_the_same_plan():
 
 def test_neither_fold_nor_hardware_nor_data_can_reach_the_plan():
     facts = {"budget", "patients", "patch_size", "strides", "count_parameters", "compute", "image_shape"}
-    facts |= {"morphology_share", "classes"}
+    facts |= {"morphology_share", "classes", "phantom_kinds", "by_hand"}
     assert set(inspect.signature(plan_configuration).parameters) == facts
 
 
@@ -293,7 +295,7 @@ def test_every_clip_rule_is_planned_and_can_be_trained_with(rule):
 
 
 def test_the_plan_holds_exactly_the_known_rules_and_no_momentum():
-    assert tuple(clip_rules(100)) == RULE_NAMES
+    assert tuple(clip_rules(1.0)) == RULE_NAMES
     assert plan().momentum == 0.0
 
 
@@ -359,3 +361,46 @@ def test_a_section_whose_delta_would_pass_for_giving_one_patient_away_is_refused
 def test_a_planned_section_is_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         section().patients = 3
+
+
+def by_hand(*settings: str):
+    return plan_configuration(
+        budget(), 170, (40, 56, 40), HALVED_3D, roughly_a_unet, "full", by_hand=ByHand.parse(settings)
+    )
+
+
+@pytest.mark.parametrize("setting", ["steps=50", "sampling_probability=0.3", "features_per_stage=8,16,32"])
+def test_a_field_set_by_hand_is_marked_and_the_noise_calibrated_again(setting):
+    mine = by_hand(setting)
+    assert mine.by_hand == (setting.partition("=")[0],)
+    assert 0.99 * 8 < spent(mine, 8.0) <= 8
+    if "features" not in setting:
+        assert mine.noise_multiplier != by_hand().noise_multiplier
+
+
+def test_what_moves_only_accuracy_leaves_the_noise_as_it_is():
+    mine, ruled = by_hand("momentum=0.5", "learning_rate=0.2", "decay_power=0"), by_hand()
+    assert mine.noise_multiplier == ruled.noise_multiplier and mine.steps == ruled.steps
+    assert (mine.momentum, mine.decay_power, mine.clip_rules["psac"].learning_rate) == (0.5, 0.0, 0.2)
+
+
+@pytest.mark.parametrize(
+    "setting", ["noise_multiplier=1", "steps=0", "steps=many", "momentum=1", "steps", "features_per_stage=8,16"]
+)
+def test_an_impossible_setting_is_refused_with_the_possible_ones(setting):
+    with pytest.raises(UsageRefusal, match="sampling_probability"):
+        by_hand(setting)
+
+
+def test_more_stages_than_the_plans_have_are_refused():
+    with pytest.raises(UsageRefusal, match="at most 4"):
+        by_hand("features_per_stage=8,8,8,8,8")
+
+
+def test_a_public_start_is_planned_where_phantoms_are_named_and_stays_below_half_an_hour():
+    assert by_hand().start is None
+    for patch in ((40, 56, 40), (128, 128, 128), (128, 128), (512, 512)):
+        for compute in ("full", "small"):
+            start = public_start(("shapes",), patch, compute)
+            voxels = start.iterations * start.batch * math.prod(patch)
+            assert 300 <= start.iterations <= 3000 and (voxels <= 1.25e9 or start.iterations == 300)

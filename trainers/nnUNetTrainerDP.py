@@ -40,11 +40,14 @@ from nnunet_dp.errors import Refusal
 from nnunet_dp.learning import boxes_around, learn_once, own_rules, reference_facts
 from nnunet_dp.loading import PatientLoader
 from nnunet_dp.morphology import FILE
+from nnunet_dp.nnunet_start import ensure_start
 from nnunet_dp.patients import Patients
+from nnunet_dp.public_start import PROVENANCE
 from nnunet_dp.report import banner, plot_spending
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
 from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 from nnunet_dp.splits import fold_slots
+from nnunet_dp.workers import in_tenths
 
 IN_NETWORK = (None, "fixed", "adaptive", "training_only")  # morphology of the logits
 
@@ -272,6 +275,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         cases = {case for cases in slots.values() for case in cases} | set(validation)
         nnunet.refuse_missing(self.dataset_class, Path(self.preprocessed_dataset_folder), cases)
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
+        self._begin_from_public_start()
         self._start(run, slots)
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
@@ -279,6 +283,19 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self._banner(len(slots))
         self._learn_morphology(slots)
         self._started = time(), self.private.step
+
+    def _begin_from_public_start(self):
+        """What the network learnt from phantoms, made now if nobody has; a run that goes on has its own weights."""
+        if self._resume is not None or self.private_plan.start is None:
+            return
+        weights, provenance = ensure_start(
+            self.plans_manager.plans, self.configuration_name, self.dataset_json,
+            Path(self.preprocessed_dataset_folder_base), self.device, get_allowed_n_proc_DA(),
+            self.print_to_log_file, in_tenths(self.print_to_log_file, "public start"),
+        )  # fmt: skip
+        network = self._module()
+        (network.network if self.in_network else network).load_state_dict(weights)
+        save_json(provenance, str(Path(self.output_folder_base) / PROVENANCE), sort_keys=False)
 
     def _start(self, run, slots):
         plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))

@@ -2,8 +2,15 @@
 
 A phantom dataset is public: it is made of random numbers and published anatomy, so nothing that is tuned or
 trained on it spends any privacy budget. `write_dataset` writes it the way the real thing arrives: 3D kinds
-as a Medical Segmentation Decathlon task (`nnUNetv2_convert_MSD_dataset` takes it from there), 2D kinds in
-nnU-Net's raw layout; in both, `patients.csv` says which cases belong to which patient.
+as a Medical Segmentation Decathlon task (`nnUNetv2_convert_MSD_dataset` takes it from there), 2D kinds and
+kinds with regions in nnU-Net's raw layout; in both, `patients.csv` says which cases belong to which patient.
+
+===========  ==================================================================  =========  ======================
+hippocampus  head and tail in T1-weighted MRI                                    3D         Task301, 2 classes
+lesion       pigmented skin lesion in dermoscopy                                 2D, RGB    Dataset302, 1 class
+layers       layers of the macula in optical coherence tomography                2D, grey   Dataset305, 7 classes
+mpmri        glioblastoma in T1, T1 with contrast agent, T2 and FLAIR            3D         Dataset306, 3 regions
+===========  ==================================================================  =========  ======================
 
     >>> import tempfile
     >>> folder = write_dataset(Path(tempfile.mkdtemp()), "lesion", patients=2, seed=1, shape=(32, 32))
@@ -33,12 +40,14 @@ import SimpleITK as sitk
 
 from nnunet_dp.errors import UsageRefusal
 
-from . import hippocampus, lesion
+from . import hippocampus, layers, lesion, mpmri
 from .anatomy import Kind, Patient, Scan, Shape
 
 __all__ = ["KINDS", "Kind", "Patient", "Scan", "write_dataset"]
 
-KINDS: Mapping[str, Kind] = MappingProxyType({kind.name: kind for kind in (hippocampus.KIND, lesion.KIND)})
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {kind.name: kind for kind in (hippocampus.KIND, lesion.KIND, layers.KIND, mpmri.KIND)}
+)
 
 Case = tuple[str, Patient, int]  # name, whose, which of the patient's
 
@@ -64,14 +73,14 @@ def write_dataset(
         seed: Seed, >= 0; the same arguments give the same bytes.
         dataset_id: Number of the dataset, 1 to 999; default: that of the kind.
         cases_per_patient: (lowest, highest) number of cases a patient has; default: that of the kind.
-        shape: Voxels of every image; default: realistic sizes, which vary between the cases of 3D kinds.
+        shape: Voxels of every image; default: realistic sizes, which vary between the cases of some kinds.
         test_patients: Further, held-out patients, written to `imagesTs` and `labelsTs` and listed in
             `patients_test.csv` (nnU-Net trains on none of them, so `patients.csv` does not name them).
         progress: Called with (cases written, cases in all) after each case.
 
     Returns:
-        The dataset's folder, `out/TaskXXX_Name` (3D) or `out/DatasetXXX_Name` (2D). It appears when it is
-            complete.
+        The dataset's folder, `out/TaskXXX_Name` (3D) or `out/DatasetXXX_Name` (2D, or with regions). It
+            appears when it is complete.
 
     Raises:
         UsageRefusal: An argument is out of range (a ValueError); the message says what is possible.
@@ -136,7 +145,7 @@ def _new_folder(out: Path, kind: Kind, dataset_id: int | None) -> Path:
             f"dataset_id should be between 1 and 999; found {number}. Give such a number, or none for "
             f"{kind.dataset_id}."
         )
-    folder = out / f"{'Task' if kind.dimensions == 3 else 'Dataset'}{number:03d}_{kind.title}"
+    folder = out / f"{'Task' if kind.decathlon else 'Dataset'}{number:03d}_{kind.title}"
     if folder.exists():
         raise FileExistsError(
             f"The dataset's folder should not exist yet; found {folder}. Remove it (rm -r '{folder}'), "
@@ -178,25 +187,43 @@ def _write_all(
     _write_patients(folder / "patients.csv", training)
     if test:
         _write_patients(folder / "patients_test.csv", test)
-    description = _decathlon(kind, training, test) if kind.dimensions == 3 else _raw(kind, training)
+    description = _decathlon(kind, training, test) if kind.decathlon else _raw(kind, training)
     (folder / "dataset.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_case(folder: Path, part: str, name: str, kind: Kind, scan: Scan) -> None:
     """One image and its labels, in the layout of the kind."""
-    if kind.dimensions == 3:
-        channels = [_volume(np.rint(channel).astype(np.int16), scan.spacing_mm) for channel in scan.image]
-        image = channels[0] if len(channels) == 1 else sitk.JoinSeries(channels)
-        sitk.WriteImage(image, str(folder / f"images{part}" / f"{name}.nii.gz"), useCompression=True)
-        labels = _volume(scan.segmentation, scan.spacing_mm)
-        sitk.WriteImage(labels, str(folder / f"labels{part}" / f"{name}.nii.gz"), useCompression=True)
-    else:
-        colours = np.moveaxis(scan.image, 0, -1).clip(0, 255).astype(np.uint8)
-        picture = sitk.GetImageFromArray(colours, isVector=True)
-        sitk.WriteImage(picture, str(folder / f"images{part}" / f"{name}_0000.png"))
-        sitk.WriteImage(
-            sitk.GetImageFromArray(scan.segmentation), str(folder / f"labels{part}" / f"{name}.png")
-        )
+    images = _volumes(kind, scan) if kind.dimensions == 3 else {"_0000": _picture(scan)}
+    labels = _volume(scan.segmentation, scan.spacing_mm) if kind.dimensions == 3 else _plane(scan.segmentation)
+    for suffix, image in images.items():
+        _write_file(image, folder / f"images{part}" / f"{name}{suffix}{kind.file_ending}")
+    _write_file(labels, folder / f"labels{part}" / f"{name}{kind.file_ending}")
+
+
+def _write_file(image: sitk.Image, path: Path) -> None:
+    """Volumes are compressed by ITK's gzip, pictures as PNG always are."""
+    sitk.WriteImage(image, str(path), useCompression=path.suffix == ".gz")
+
+
+def _volumes(kind: Kind, scan: Scan) -> dict[str, sitk.Image]:
+    """End of the file name -> volume: one file in the Decathlon (4D for several channels), else one a channel."""
+    channels = [_volume(np.rint(channel).astype(np.int16), scan.spacing_mm) for channel in scan.image]
+    if not kind.decathlon:
+        return {f"_{number:04d}": channel for number, channel in enumerate(channels)}
+    return {"": channels[0] if len(channels) == 1 else sitk.JoinSeries(channels)}
+
+
+def _picture(scan: Scan) -> sitk.Image:
+    """A grey or RGB picture: nnU-Net's NaturalImage2DIO takes two axes for grey, and a third one of 3 for RGB."""
+    bytes_of = scan.image.clip(0, 255).astype(np.uint8)
+    if len(bytes_of) == 1:
+        return _plane(bytes_of[0])
+    return sitk.GetImageFromArray(np.moveaxis(bytes_of, 0, -1), isVector=True)
+
+
+def _plane(pixels: np.ndarray) -> sitk.Image:
+    """An ITK image of one value a pixel, [rows, columns]."""
+    return sitk.GetImageFromArray(pixels)
 
 
 def _volume(voxels: np.ndarray, spacing_mm: tuple[float, ...]) -> sitk.Image:
@@ -233,12 +260,14 @@ def _decathlon(kind: Kind, training: list[Case], test: list[Case]) -> dict[str, 
 
 def _raw(kind: Kind, training: list[Case]) -> dict[str, Any]:
     """dataset.json of nnU-Net's raw layout."""
+    order = kind.regions_class_order
     return {
         **_common(kind, training),
         "channel_names": {str(number): name for number, name in enumerate(kind.channel_names)},
         "labels": dict(kind.labels),
+        **({} if order is None else {"regions_class_order": list(order)}),
         "file_ending": kind.file_ending,
-        "overwrite_image_reader_writer": "NaturalImage2DIO",
+        "overwrite_image_reader_writer": "SimpleITKIO" if kind.dimensions == 3 else "NaturalImage2DIO",
     }
 
 

@@ -102,14 +102,17 @@ class Kind:
         name: The word a user types, and the stem of the case names.
         title: Last part of the dataset's folder name, in CamelCase, without underscore.
         description: One sentence for dataset.json.
-        dimensions: 3 (written as a Medical Segmentation Decathlon task) or 2 (nnU-Net's raw layout, PNG).
+        dimensions: 3 (NIfTI) or 2 (PNG, grey or RGB).
         dataset_id: Default number of the dataset.
         channel_names: Names of the image channels, in order.
-        labels: Class name -> label value; 0 is background, values are consecutive.
+        labels: Class name -> label value, or for a region the values that it unites; 0 is background, values are
+            consecutive.
         file_ending: ".nii.gz" or ".png".
         smallest_shape: Below this size, per axis, a class could vanish.
         cases_per_patient: Default (lowest, highest) number of cases a patient has.
         render: (patient, number of the case, shape or None for the realistic one) -> Scan. A pure function.
+        regions_class_order: For kinds with regions: the value that nnU-Net writes for each region, later ones over
+            earlier ones. None: plain classes.
     """
 
     name: str
@@ -118,11 +121,28 @@ class Kind:
     dimensions: int
     dataset_id: int
     channel_names: tuple[str, ...]
-    labels: Mapping[str, int]
+    labels: Mapping[str, int | tuple[int, ...]]
     file_ending: str
     smallest_shape: Shape
     cases_per_patient: tuple[int, int]
     render: Render
+    regions_class_order: tuple[int, ...] | None = None
+
+    @property
+    def label_values(self) -> tuple[int, ...]:
+        """All values that segmentations of this kind hold, 0 included, in rising order."""
+        values = (value if isinstance(value, tuple) else (value,) for value in self.labels.values())
+        return tuple(sorted({one for several in values for one in several}))
+
+    @property
+    def render_module(self) -> str:
+        """Name of the module whose code draws this kind."""
+        return str(getattr(self.render, "func", self.render).__module__)
+
+    @property
+    def decathlon(self) -> bool:
+        """Whether it is written as a Decathlon task: 3D, and no regions, which that form cannot carry."""
+        return self.dimensions == 3 and self.regions_class_order is None
 
 
 # ---- places --------------------------------------------------------------------------------------

@@ -1,0 +1,342 @@
+"""The public start inside nnU-Net: phantoms preprocessed by the plans, the planned network, nnU-Net's loss.
+
+With ``nnunet.py`` the only core file that imports ``nnunetv2``. ``public_start`` holds the learning and the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
+from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nnunet_dp import randomisation
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.nnunet import fast_bfloat16, file_sha256, preprocessed_folder, public_facts
+from nnunet_dp.phantoms import Kind, Patient, anatomy
+from nnunet_dp.phantoms.matching import SHAPES, find_kind
+from nnunet_dp.planning import PublicStart
+from nnunet_dp.plans import SECTION, configuration_plan, read_section, write_json
+from nnunet_dp.public_start import LabelledImage, Phantoms, learn, read_start, start_file, write_start
+from nnunet_dp.workers import Progress, in_order
+
+Say = Callable[[str], None]
+
+
+def ensure_start(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    folder: Path,
+    device: torch.device,
+    processes: int,
+    say: Say = lambda text: None,
+    progress: Progress | None = None,
+    public_weights: Path | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The planned network's public start, made now if it was not there.
+
+    Args:
+        plans: private plans with a public start for the configuration.
+        configuration: nnU-Net's name.
+        dataset_json: of the dataset: names of channels and labels, which are public.
+        folder: the preprocessed dataset folder; nothing in it is read but an earlier start.
+        device: where to learn.
+        processes: at most, for drawing phantoms.
+        say: told what is going on.
+        progress: told after each iteration.
+        public_weights: the checkpoint that the recipe begins from, where it names one.
+
+    Returns:
+        Weights of the planned network, and their provenance.
+
+    Raises:
+        Refusal: when the file was changed, or the recipe's checkpoint is needed and was not given.
+    """
+    section = read_section(plans)
+    assert section is not None
+    recipe = configuration_plan(section, configuration).start
+    assert recipe is not None
+    facts = _facts(plans, configuration, dataset_json, recipe)
+    file = start_file(folder, configuration, facts)
+    if not file.is_file():
+        say(f"making the public start once: {recipe.describe()}")
+        _refuse_other_weights(recipe, public_weights)
+        weights = _learn(plans, configuration, dataset_json, recipe, device, processes, progress, public_weights)
+        write_start(file, weights, {**facts, "torch": torch.__version__, "nnunet_dp": version("nnunet_dp")})
+    weights, provenance = read_start(file)
+    say(f"public start {file.name} (no private data): {recipe.describe()}")
+    return weights, provenance
+
+
+def pretrain(
+    dataset: str,
+    configuration: str,
+    plans_name: str,
+    device: torch.device,
+    processes: int,
+    kinds: tuple[str, ...] = (),
+    iterations: int | None = None,
+    public_weights: Path | None = None,
+    progress: Progress | None = None,
+) -> StartReport:
+    """Make a private plan's public start now; what is given by hand changes the plan's recipe first.
+
+    Raises:
+        UsageRefusal: for unknown datasets, plans or kinds, and plans without privacy or without a public start.
+    """
+    folder = preprocessed_folder(dataset)
+    file = folder / f"{plans_name}.json"
+    if not file.is_file():
+        raise UsageRefusal(f"{folder.name} has no plans {plans_name}: make them with `nnunet-dp plan`")
+    plans = json.loads(file.read_text())
+    section = read_section(plans)
+    if section is None:
+        raise UsageRefusal(f"{plans_name} are plans without privacy: make private ones with `nnunet-dp plan`")
+    recipe = configuration_plan(section, configuration).start
+    dataset_json = json.loads((folder / "dataset.json").read_text())
+    facts = public_facts(plans, dataset_json)
+    if recipe is None:
+        raise UsageRefusal(f"{plans_name} plan no public start for {configuration}: plan again without --no-start")
+    changes = {
+        **({"kinds": kinds} if kinds else {}),
+        **({"iterations": iterations} if iterations else {}),
+        **({"public_weights_sha256": file_sha256(public_weights)} if public_weights else {}),
+    }
+    for kind in changes.get("kinds", ()):
+        find_kind(kind, facts)
+    if changes:
+        recipe = PublicStart.model_validate({**recipe.model_dump(), **changes})
+        plans[SECTION]["configurations"][configuration]["start"] = recipe.model_dump(mode="json")
+        write_json(plans, file)
+    _, provenance = ensure_start(
+        plans, configuration, dataset_json, folder, device, processes, progress=progress, public_weights=public_weights
+    )
+    made = start_file(folder, configuration, _facts(plans, configuration, dataset_json, recipe))
+    return StartReport(made, provenance)
+
+
+@dataclass(frozen=True)
+class StartReport:
+    """What ``nnunet-dp pretrain`` made, or found."""
+
+    file: Path
+    provenance: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"file": str(self.file), "sha256": self.provenance["sha256"], "recipe": self.provenance["recipe"]}
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Label and value, for a table."""
+        recipe = PublicStart.model_validate(self.provenance["recipe"])
+        return [("public start", str(self.file)), ("recipe", recipe.describe()), ("sha256", self.provenance["sha256"])]
+
+
+def _facts(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], recipe: PublicStart
+) -> dict[str, Any]:
+    """Everything that the weights depend on; the phantoms' own code by its bytes."""
+    facts = public_facts(plans, dataset_json)
+    configured = PlansManager(plans).get_configuration(configuration).configuration
+    kept = ("architecture", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
+    drawn = [anatomy, randomisation, *(sys.modules[find_kind(name, facts).render_module] for name in recipe.kinds)]
+    code = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in drawn))
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "configuration": {key: configured[key] for key in kept},
+        "intensities": plans.get("foreground_intensity_properties_per_channel"),
+        "channels": dataset_json.get("channel_names", dataset_json.get("modality")),
+        "labels": dataset_json["labels"],
+        "phantoms_sha256": code.hexdigest(),
+    }
+
+
+def _learn(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    recipe: PublicStart,
+    device: torch.device,
+    processes: int,
+    progress: Progress | None,
+    public_weights: Path | None,
+) -> dict[str, Tensor]:
+    images = draw(plans, configuration, dataset_json, recipe, processes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = planned_network(plans, configuration, dataset_json)
+    if public_weights is not None:
+        adopt(network, public_weights)
+    network = network.to(device)
+    loss = planned_loss(plans, configuration, dataset_json)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+    return learn(network, loss, images, recipe, device, autocast, progress)
+
+
+def _refuse_other_weights(recipe: PublicStart, file: Path | None) -> None:
+    wanted = recipe.public_weights_sha256
+    if wanted != (file_sha256(file) if file else None):
+        raise Refusal(
+            "this plan's public start begins from a checkpoint on public data: make it once with "
+            "`nnunet-dp pretrain ... --from-public CHECKPOINT --no-patient-overlap`"
+            if wanted
+            else "this plan's public start begins from no checkpoint: leave --from-public out"
+        )
+
+
+def adopt(network: nn.Module, checkpoint: Path) -> float:
+    """Take over what fits from an nnU-Net checkpoint on public data.
+
+    The rule: tensors with the same name and the same shape are taken, all others stay as they were initialised. So a
+    network of another width gives nothing, one of another depth its outer stages, other classes all but the outputs.
+
+    Args:
+        network: changed in place.
+        checkpoint: nnU-Net's; it is unpickled, as nnU-Net does it, so it must come from somebody you trust.
+
+    Returns:
+        Share of the network's parameters that was taken.
+
+    Raises:
+        UsageRefusal: when nothing fits.
+    """
+    theirs = torch.load(checkpoint, map_location="cpu", weights_only=False)["network_weights"]
+    own = network.state_dict()
+    fitting = {name: theirs[name] for name in own if name in theirs and theirs[name].shape == own[name].shape}
+    if not fitting:
+        raise UsageRefusal(f"nothing in {checkpoint.name} has the names and shapes of the planned network's tensors")
+    network.load_state_dict({**own, **fitting})
+    return sum(own[name].numel() for name in fitting) / sum(tensor.numel() for tensor in own.values())
+
+
+def planned_network(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> nn.Module:
+    """nnU-Net's network of a configuration, with deep supervision, freshly initialised."""
+    manager = PlansManager(plans)
+    configured = manager.get_configuration(configuration)
+    return get_network_from_plans(
+        configured.network_arch_class_name,
+        configured.network_arch_init_kwargs,
+        configured.network_arch_init_kwargs_req_import,
+        determine_num_input_channels(manager, configured, dataset_json),
+        manager.get_label_manager(dataset_json).num_segmentation_heads,
+        allow_init=True,
+        deep_supervision=True,
+    )
+
+
+def planned_loss(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
+) -> Callable[[Any, Tensor], Tensor]:
+    """nnU-Net's loss with deep supervision, as a function of outputs and labels [batch, *spatial]."""
+    labels = PlansManager(plans).get_label_manager(dataset_json)
+    dice = {"batch_dice": False, "smooth": 1e-5, "ddp": False, "do_bg": labels.has_regions}
+    kind: Any = MemoryEfficientSoftDiceLoss
+    make = partial(DC_and_BCE_loss, {}, dice) if labels.has_regions else partial(DC_and_CE_loss, dice, {})
+    single = make(dice_class=kind)
+    regions = [_values(region) for region in labels.foreground_regions] if labels.has_regions else None
+
+    def loss(outputs: Any, target: Tensor) -> Tensor:
+        outputs = [output.float() for output in outputs]
+        weights = np.array([0.5**level for level in range(len(outputs) - 1)] + [0.0])
+        targets = [_target(target, output.shape[2:], regions) for output in outputs]
+        return DeepSupervisionWrapper(single, weights / weights.sum())(outputs, targets)
+
+    return loss
+
+
+def _values(region: Any) -> list[int]:
+    return [int(value) for value in region] if isinstance(region, (list, tuple)) else [int(region)]
+
+
+def _target(labels: Tensor, shape: torch.Size, regions: list[list[int]] | None) -> Tensor:
+    """Labels at an output's resolution: [batch, 1, *shape], or one map per region."""
+    small = functional.interpolate(labels[:, None].float(), size=tuple(shape), mode="nearest")
+    if regions is None:
+        return small
+    return torch.cat([torch.isin(small, torch.tensor(r, device=small.device)).float() for r in regions], 1)
+
+
+# ---- phantoms as the private images will be ------------------------------------------------------------------------
+
+
+def draw(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], recipe: PublicStart, processes: int = 1
+) -> Phantoms:
+    """Phantoms of the recipe's kinds in turn, preprocessed by the plans.
+
+    Args:
+        plans: nnU-Net's; CT windows come from them.
+        configuration: nnU-Net's name.
+        dataset_json: of the dataset that will be trained on.
+        recipe: kinds, number of images and seed.
+        processes: at most.
+    """
+    configured = PlansManager(plans).get_configuration(configuration)
+    work = partial(_draw_one, plans, configuration, dataset_json, recipe)
+    with contextlib.redirect_stdout(io.StringIO()):
+        images = list(in_order(work, range(recipe.images), processes))
+    return Phantoms(
+        images,
+        tuple(configured.patch_size),
+        tuple(float(edge) for edge in configured.spacing),
+        tuple("ZScore" in scheme for scheme in configured.normalization_schemes),
+    )
+
+
+def _draw_one(
+    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], recipe: PublicStart, number: int
+) -> LabelledImage:
+    torch.set_num_threads(1)
+    kind = find_kind(recipe.kinds[number % len(recipe.kinds)], public_facts(plans, dataset_json))
+    patient = Patient(kind.name, recipe.seed, number // len(recipe.kinds))
+    if kind.name == SHAPES:
+        return _shapes(kind, patient, PlansManager(plans).get_configuration(configuration))
+    return _preprocessed(kind, patient, plans, configuration, dataset_json)
+
+
+def _shapes(kind: Kind, patient: Patient, configured: Any) -> LabelledImage:
+    """Shapes have no size of their own: drawn into the patch, voxel by voxel, and standardised."""
+    scan = kind.render(patient, 0, tuple(configured.patch_size)[-kind.dimensions :])
+    image = np.array(scan.image, np.float32)
+    for channel, scheme in zip(image, configured.normalization_schemes, strict=True):
+        if "01" not in scheme:
+            channel[...] = (channel - channel.mean()) / (channel.std() + 1e-6)
+    return LabelledImage(image, scan.segmentation.astype(np.int16))
+
+
+def _preprocessed(
+    kind: Kind, patient: Patient, plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]
+) -> LabelledImage:
+    """As nnU-Net's readers would load the written file, through nnU-Net's preprocessing."""
+    scan = kind.render(patient, int(patient.case(0).integers(2)), None)
+    if kind.dimensions == 3:  # readers give [z, y, x]
+        image, labels, spacing = scan.image.transpose(0, 3, 2, 1), scan.segmentation.T, scan.spacing_mm[::-1]
+    else:
+        image, labels, spacing = scan.image[:, None], scan.segmentation[None], (999.0, *scan.spacing_mm)
+    manager = PlansManager(plans)
+    configured = manager.get_configuration(configuration)
+    preprocessor = configured.preprocessor_class(verbose=False)
+    data, seg, _ = preprocessor.run_case_npy(
+        np.ascontiguousarray(image), labels.astype(np.float32)[None], {"spacing": list(spacing)}, manager,
+        configured, json.loads(json.dumps(dataset_json)),
+    )  # fmt: skip
+    return LabelledImage(np.asarray(data, np.float32), np.maximum(seg[0], 0).astype(np.int16))
