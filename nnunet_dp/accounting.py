@@ -119,6 +119,18 @@ def epsilon(events: Iterable[DpEvent], delta: float) -> float:
     return _epsilon(schedule, delta) if schedule else 0.0
 
 
+def composed_distribution(events: Iterable[DpEvent]) -> PrivacyLossDistribution | None:
+    """Pessimistic PLD of all events together; None where RDP has to speak.
+
+    Add ``FFT_ROUNDING`` to its deltas. Refuses an event this accountant does not know, by its name.
+    """
+    schedule = canonical(events)
+    if not schedule:
+        return privacy_loss_distribution.identity()
+    interval = _pld_interval(schedule, SMALLEST_PLD_DELTA)
+    return None if interval is None else _composed(schedule, interval)
+
+
 def which_accountant(events: Iterable[DpEvent], delta: float = 1e-5) -> str:
     """Name and version of the accountant that ``epsilon`` uses for these events."""
     schedule = canonical(events)

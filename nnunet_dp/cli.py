@@ -202,7 +202,10 @@ def phantom_command(
 def plan_command(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],
     configuration: Annotated[str, typer.Option("-c", "--configuration", help="Such as 2d or 3d_fullres.")],
-    epsilon: Annotated[float, typer.Option(help="The budget: 8 is usual, 1 is strict.")],
+    epsilon: Annotated[float | None, typer.Option(help="The budget: 8 is usual, 1 is strict.")] = None,
+    curve: Annotated[
+        str | None, typer.Option(help="Several budgets, such as 1,3,8,20: printed and drawn; nothing is planned.")
+    ] = None,
     delta: Annotated[
         float | None, typer.Option(help="Default: 1/(10 patients) as a power of ten, at most 1e-5.")
     ] = None,
@@ -242,16 +245,15 @@ def plan_command(
     \b
     Example:
       nnunet-dp plan -d 4 -c 3d_fullres --epsilon 8
+      nnunet-dp plan -d 4 -c 3d_fullres --curve 1,3,8,20
       nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
     """
-    from nnunet_dp.nnunet import plan_dataset
     from nnunet_dp.planning import ByHand
 
-    report = plan_dataset(
-        dataset,
-        configuration,
-        epsilon,
-        delta,
+    if (epsilon is None) == (curve is None):
+        raise UsageRefusal("give one of --epsilon (one plan) and --curve (several budgets side by side)")
+    options: dict[str, Any] = dict(
+        delta=delta,
         patients_file=patients,
         patient_column=patient_column,
         plans=plans,
@@ -263,8 +265,20 @@ def plan_command(
         by_hand=ByHand.parse(settings or ()),
         overwrite=overwrite,
     )
+    if curve is not None:
+        from nnunet_dp.nnunet import plan_curve
+
+        _show_curve(plan_curve(dataset, configuration, _parse_epsilons(curve), **options), as_json)
+        return
+    from nnunet_dp.nnunet import plan_dataset
+
+    assert epsilon is not None
+    report = plan_dataset(dataset, configuration, epsilon, **options)
     _show(report, as_json)
     if not as_json:
+        from nnunet_dp.nnunet_start import forecast
+
+        typer.echo(f"On this machine: {forecast(report)}")
         typer.echo("Written." if report.changed else "Nothing changed: this plan was there already.")
         typer.echo(f"Next: {_train_command(dataset, configuration, report.plans_name)}")
 
@@ -543,6 +557,27 @@ def _after_phantom(folder: Path) -> str:
     if folder.name.startswith("Task"):
         return f"nnUNetv2_convert_MSD_dataset -i {folder} && {preprocess} -c 3d_fullres"
     return f'export nnUNet_raw="{folder.parent.resolve()}" && {preprocess} -c 2d'
+
+
+def _parse_epsilons(text: str) -> list[float]:
+    try:
+        return sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        raise UsageRefusal(f"--curve should be numbers, found {text!r}; type for instance --curve 1,3,8,20") from None
+
+
+def _show_curve(reports: list[Any], as_json: bool) -> None:
+    """Several budgets: a table and a drawing beside the plans."""
+    from nnunet_dp.report import curve_lines, plot_curve
+
+    drawing = reports[0].file.with_name(f"plan_curve_{reports[0].configuration}.png")
+    rows = [{"epsilon": report.section.budget.epsilon, **report.as_dict()} for report in reports]
+    plot_curve(rows, drawing)
+    if as_json:
+        typer.echo(json.dumps({"budgets": rows, "drawing": str(drawing)}, indent=2))
+        return
+    typer.echo("\n".join(curve_lines(rows)))
+    typer.echo(f"Drawn: {drawing}")
 
 
 def _train_command(dataset: str, configuration: str, plans_name: str) -> str:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from dp_accounting.dp_event import SelfComposedDpEvent
+from dp_accounting.dp_event import DpEvent, SelfComposedDpEvent
 from torch import Tensor, nn
 
 from nnunet_dp.accounting import PrivacyBudget, epsilon
@@ -83,10 +83,15 @@ class PrivacyPlan:
         return None if self.morphology_noise is None else SubsampledGaussian(self.morphology_noise)
 
     @property
+    def events(self) -> list[DpEvent]:
+        """All planned releases."""
+        extra = [self.morphology.event] if self.morphology else []
+        return [SelfComposedDpEvent(self.mechanism.event, self.steps), *extra]
+
+    @property
     def epsilon(self) -> float:
         """What all planned releases cost together."""
-        extra = [self.morphology.event] if self.morphology else []
-        return epsilon([SelfComposedDpEvent(self.mechanism.event, self.steps), *extra], self.budget.delta)
+        return epsilon(self.events, self.budget.delta)
 
     def verify(self) -> None:
         """Refuse a schedule that costs more than its budget (a plan edited by hand, say).

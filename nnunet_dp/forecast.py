@@ -38,9 +38,12 @@ class Forecast:
     seconds_per_patch: float
     memory_bytes: int
 
-    def training_minutes(self, steps: int, expected_batch: float, patches: int) -> float:
-        """Minutes of so many private steps, loading apart."""
-        return self.seconds_per_patch * steps * expected_batch * patches / 60
+    def describe(self, private_patches: float, public_patches: int) -> str:
+        """For people: minutes of both parts of a training, loading and validation apart, and memory."""
+        private, public = (self.seconds_per_patch * patches / 60 for patches in (private_patches, public_patches))
+        start = f", the public start before it {public:.0f}" if public_patches else ""
+        memory = f"{self.memory_bytes / 2**20:.0f} MiB"
+        return f"private training about {private:.0f} min a fold{start}; {memory} a patch; on {self.device}"
 
 
 def measure(

@@ -10,8 +10,8 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +31,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta
+from nnunet_dp.attacker import true_positive_rate
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
 from nnunet_dp.morphology import classes_from
+from nnunet_dp.outlook import Outlook, outlook
 from nnunet_dp.patients import (
     Patients,
     canonical_digest,
@@ -47,6 +49,7 @@ from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds
 from nnunet_dp.planning import (
     MORPHOLOGY_SHARE,
     NOT_COVERED,
+    TRAINING_SHARE,
     ByHand,
     Compute,
     ConfigurationPlan,
@@ -229,11 +232,37 @@ class PlanReport:
             "accountant": self.section.accountant,
             "not_covered": list(self.section.not_covered),
             **plan.model_dump(mode="json"),
+            **self.expected(),
         }
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and value, for a table."""
-        return [("plans", self.plans_name), *describe(self.section, self.configuration, None)]
+        expected, gains = self.outlook, self.attacker_gains()
+        attacker = "; ".join(f"{rate:.1%} at {alpha:.0%} false positives" for alpha, rate in gains.items())
+        return [
+            ("plans", self.plans_name),
+            *describe(self.section, self.configuration, None),
+            ("attacker", f"tells whether a {self.section.budget.unit} took part, at most: {attacker}"),
+            ("verdict", f"{expected.verdict}: {expected.reason}; {expected.next_step}"),
+        ]
+
+    def expected(self) -> dict[str, Any]:
+        """Signal to noise, verdict and attacker's gain, for ``--json``."""
+        gains = {f"true_positive_rate_at_{alpha:g}": rate for alpha, rate in self.attacker_gains().items()}
+        return {"signal_to_noise": self.outlook.signal_to_noise, "verdict": self.outlook.verdict, **gains}
+
+    def attacker_gains(self) -> dict[float, float]:
+        """Highest true-positive rate of a membership test at 1 % and 5 % false positives, by the planned releases."""
+        plan = self.section.configurations[self.configuration]
+        events = plan.privacy_plan(self.section.budget, "flat", 1).events
+        return {alpha: true_positive_rate(events, alpha) for alpha in (0.01, 0.05)}
+
+    @property
+    def outlook(self) -> Outlook:
+        """What to expect of a fold with the usual share of the patients."""
+        plan = self.section.configurations[self.configuration]
+        patients = int(TRAINING_SHARE * self.section.patients)
+        return outlook(self.section.budget, patients, plan.network.parameters, plan.start is not None)
 
 
 def plan_dataset(
@@ -261,30 +290,82 @@ def plan_dataset(
         UsageRefusal: for unknown datasets, plans or configurations, and for a differing plan of that name without
             ``overwrite``.
     """
-    if not 0 < epsilon <= LARGEST_EPSILON:
-        raise UsageRefusal(f"epsilon should lie in (0, {LARGEST_EPSILON:g}], found {epsilon:g}: try --epsilon 8")
-    if output is not None and (not output or Path(output).name != output or output.endswith(".json")):
-        raise UsageRefusal(f"-o should be a name without folder and .json, found {output!r}: try -o myplans")
-    if delta is not None and not 0 < delta < 1:
-        raise UsageRefusal(f"delta should lie between 0 and 1, found {delta:g}: try 1e-5")
-    folder = preprocessed_folder(dataset)
-    source = _read_plans(folder, plans)
-    _refuse_configuration(source, configuration)
-    patients = find_patients(folder, patients_file, patient_column, overwrite)
-    delta = default_delta(patients.number) if delta is None else delta
-    if delta * patients.number >= 1:
-        raise UsageRefusal(f"delta should be below 1 / {patients.number} {patients.unit}s, found {delta:g}: try 1e-5")
-    budget = PrivacyBudget(epsilon=epsilon, delta=delta, unit=patients.unit)
-    dataset_json = json.loads((folder / "dataset.json").read_text())
-    private, section = _private(
-        source, configuration, dataset_json, folder, patients, budget, compute, public_weights, morphology_share,
-        public_start, by_hand,
+    draft = _Draft(
+        dataset, configuration, delta, patients_file, patient_column, plans, output, compute, public_weights,
+        morphology_share, public_start, by_hand, overwrite,
     )  # fmt: skip
-    name = output or plans_name(plans, epsilon)
-    file = folder / f"{name}.json"
-    private["plans_name"] = name
-    changed = _merge_into(file, private, section, configuration, overwrite)
-    return PlanReport(name, file, changed, configuration, section, _planned_epsilon(section, configuration))
+    private, report = draft.plan(epsilon)
+    changed = _merge_into(report.file, private, report.section, configuration, overwrite)
+    return replace(report, changed=changed)
+
+
+def plan_curve(dataset: str, configuration: str, epsilons: Sequence[float], **options: Any) -> list[PlanReport]:
+    """Plans for several budgets, side by side; nothing is written.
+
+    Args:
+        dataset: id or name.
+        configuration: nnU-Net's name.
+        epsilons: the budgets.
+        options: those of ``plan_dataset``.
+    """
+    if not epsilons:
+        raise UsageRefusal("--curve should name budgets, found none: try --curve 1,3,8,20")
+    draft = _Draft(dataset, configuration, **options)
+    return [draft.plan(epsilon)[1] for epsilon in epsilons]
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What ``nnunet-dp plan`` was asked for, but for epsilon."""
+
+    dataset: str
+    configuration: str
+    delta: float | None = None
+    patients_file: Path | None = None
+    patient_column: str | None = None
+    plans: str = "nnUNetPlans"
+    output: str | None = None
+    compute: Compute = "full"
+    public_weights: Path | None = None
+    morphology_share: float = MORPHOLOGY_SHARE
+    public_start: bool = True
+    by_hand: ByHand = ByHand()  # noqa: RUF009 (frozen)
+    overwrite: bool = False
+
+    def plan(self, epsilon: float) -> tuple[dict[str, Any], PlanReport]:
+        """The private plans for one epsilon, not yet written."""
+        self._refuse_meaningless(epsilon)
+        folder = preprocessed_folder(self.dataset)
+        source = _read_plans(folder, self.plans)
+        _refuse_configuration(source, self.configuration)
+        patients = find_patients(folder, self.patients_file, self.patient_column, self.overwrite)
+        budget = self._budget(epsilon, patients)
+        dataset_json = json.loads((folder / "dataset.json").read_text())
+        private, section = _private(
+            source, self.configuration, dataset_json, folder, patients, budget, self.compute, self.public_weights,
+            self.morphology_share, self.public_start, self.by_hand,
+        )  # fmt: skip
+        name = self.output or plans_name(self.plans, epsilon)
+        private["plans_name"] = name
+        spent = _planned_epsilon(section, self.configuration)
+        return private, PlanReport(name, folder / f"{name}.json", False, self.configuration, section, spent)
+
+    def _refuse_meaningless(self, epsilon: float) -> None:
+        output, delta = self.output, self.delta
+        if not 0 < epsilon <= LARGEST_EPSILON:
+            raise UsageRefusal(f"epsilon should lie in (0, {LARGEST_EPSILON:g}], found {epsilon:g}: try --epsilon 8")
+        if output is not None and (not output or Path(output).name != output or output.endswith(".json")):
+            raise UsageRefusal(f"-o should be a name without folder and .json, found {output!r}: try -o myplans")
+        if delta is not None and not 0 < delta < 1:
+            raise UsageRefusal(f"delta should lie between 0 and 1, found {delta:g}: try 1e-5")
+
+    def _budget(self, epsilon: float, patients: Patients) -> PrivacyBudget:
+        delta = default_delta(patients.number) if self.delta is None else self.delta
+        if delta * patients.number >= 1:
+            raise UsageRefusal(
+                f"delta should be below 1 / {patients.number} {patients.unit}s, found {delta:g}: try 1e-5"
+            )
+        return PrivacyBudget(epsilon=epsilon, delta=delta, unit=patients.unit)
 
 
 def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, Any]:

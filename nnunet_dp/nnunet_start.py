@@ -30,10 +30,11 @@ from torch.nn import functional
 
 from nnunet_dp import randomisation
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.nnunet import fast_bfloat16, file_sha256, preprocessed_folder, public_facts
+from nnunet_dp.forecast import measure
+from nnunet_dp.nnunet import PlanReport, fast_bfloat16, file_sha256, preprocessed_folder, public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
-from nnunet_dp.planning import PublicStart
+from nnunet_dp.planning import TRAINING_SHARE, PublicStart
 from nnunet_dp.plans import SECTION, configuration_plan, read_section, write_json
 from nnunet_dp.public_start import LabelledImage, Phantoms, learn, read_start, start_file, write_start
 from nnunet_dp.workers import Progress, in_order
@@ -226,6 +227,19 @@ def adopt(network: nn.Module, checkpoint: Path) -> float:
         raise UsageRefusal(f"nothing in {checkpoint.name} has the names and shapes of the planned network's tensors")
     network.load_state_dict({**own, **fitting})
     return sum(own[name].numel() for name in fitting) / sum(tensor.numel() for tensor in own.values())
+
+
+def forecast(report: PlanReport) -> str:
+    """Time and memory of a fold on this machine, from one patch of noise through the planned network."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plans = json.loads(report.file.read_text())
+    dataset_json = json.loads((report.file.parent / "dataset.json").read_text())
+    network = planned_network(plans, report.configuration, dataset_json)
+    patch = PlansManager(plans).get_configuration(report.configuration).patch_size
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+    found = measure(network, (public_facts(plans, dataset_json).channels, *patch), device, autocast)
+    plan = report.section.configurations[report.configuration]
+    return found.describe(*plan.patches(int(TRAINING_SHARE * report.section.patients)))
 
 
 def planned_network(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> nn.Module:

@@ -137,6 +137,11 @@ class ConfigurationPlan(_Frozen):
             morphology_noise=self.morphology.noise_multiplier if self.morphology else None,
         )
 
+    def patches(self, units: int) -> tuple[float, int]:
+        """Patches that a training of that many units processes: expected private ones, and public ones."""
+        private = self.steps * self.sampling_probability * units * self.patches_per_patient
+        return private, self.start.iterations * self.start.batch if self.start else 0
+
     def schedule(self, rule: str) -> Schedule:
         """What moves only accuracy."""
         return Schedule(self.clip_rules[rule].learning_rate, self.decay_power, self.momentum, self.average_share)
@@ -265,14 +270,24 @@ def features(limit: int, count: Callable[[tuple[int, ...]], int], depth: int) ->
     return chosen
 
 
-def steps(budget: PrivacyBudget, patients: int, parameters: int, compute: Compute) -> int:
-    """Number of releases: 230 mu N / sqrt(d) for N training patients, within public limits.
+def signal_to_noise(budget: PrivacyBudget, training_patients: float, parameters: int) -> float:
+    """How far the network travels at most over how far noise moves it, mu N / sqrt(d), however many steps it takes.
 
-    The constant reproduces the best known schedule for 136 patients and 0.34 million parameters: about 100 steps at
-    epsilon 8, 40 at epsilon 3.
+    At full batch T steps of noise sigma = sqrt(T) / mu on a sum over N patients move d parameters by noise of norm
+    learning rate x T sqrt(d) / (mu N), and by a signal of at most learning rate x T.
     """
-    training = TRAINING_SHARE * patients
-    wanted = round(230 * gaussian_mu(budget) * training / math.sqrt(parameters))
+    return gaussian_mu(budget) * training_patients / math.sqrt(parameters)
+
+
+def steps(budget: PrivacyBudget, patients: int, parameters: int, compute: Compute, start: bool = False) -> int:
+    """Number of releases: 230 times the signal to noise, or 60 times its root after a public start.
+
+    From random weights the constant reproduces the best known schedule for 136 patients and 0.34 million parameters:
+    about 100 steps at epsilon 8, 40 at epsilon 3. A public start leaves less to learn: on shifted hippocampus phantoms
+    10 to 20 steps at epsilon 1 and 30 to 40 at epsilon 8 did as well as any (docs/accuracy.md).
+    """
+    signal = signal_to_noise(budget, TRAINING_SHARE * patients, parameters)
+    wanted = round(60 * math.sqrt(signal)) if start else round(230 * signal)
     return max(FEWEST_STEPS, min(STEP_LIMIT[compute], wanted))
 
 
@@ -292,9 +307,19 @@ def patches_per_patient(patch_size: tuple[int, ...], image_shape: tuple[int, ...
     return min(8, image_shape[0]) if len(patch_size) == 2 and len(image_shape) == 3 else 1
 
 
-def learning_rate(step_count: int) -> float:
-    """Of the first step, in units of the clip rule's bound: between 0.3 and 1, growing as the root of the steps."""
-    return round(min(1.0, max(0.3, math.sqrt(step_count / 100))), 3)
+def learning_rate(step_count: int, signal: float | None = None) -> float:
+    """Of the first step, in units of the clip rule's bound.
+
+    Args:
+        step_count: planned steps.
+        signal: signal to noise, after a public start; None for random weights.
+
+    From random weights between 0.3 and 1, growing as the root of the steps. After a public start the noise must not
+    drown what is there: learning rate x T / signal, the norm of all noise but for the schedule's factor, is kept at
+    40, about the norm of the weights of a network of 0.34 million parameters.
+    """
+    rate = math.sqrt(step_count / 100) if signal is None else 40 * signal / step_count
+    return float(f"{min(1.0, max(0.3 if signal is None else 0.01, rate)):.3g}")
 
 
 def clip_rules(rate: float) -> dict[str, RulePlan]:
@@ -380,7 +405,9 @@ def plan_configuration(
     if len(shape) > len(strides):
         raise UsageRefusal(f"features_per_stage should name at most {len(strides)} stages, found {len(shape)}")
     parameters = count_parameters(shape)
-    step_count = own("steps", steps(budget, patients, parameters, compute))
+    starts = bool(phantom_kinds)
+    signal = signal_to_noise(budget, TRAINING_SHARE * patients, parameters) if starts else None
+    step_count = own("steps", steps(budget, patients, parameters, compute, starts))
     patches = own("patches_per_patient", patches_per_patient(patch_size, image_shape))
     q = own("sampling_probability", sampling_probability(patients, step_count, patches, compute))
     refinement = morphology(budget, morphology_share, patients, classes)
@@ -396,9 +423,9 @@ def plan_configuration(
         decay_power=own("decay_power", 0.9),
         network=NetworkPlan(features_per_stage=shape, parameters=parameters),
         compute=compute,
-        clip_rules=clip_rules(own("learning_rate", learning_rate(step_count))),
+        clip_rules=clip_rules(own("learning_rate", learning_rate(step_count, signal))),
         morphology=refinement,
-        start=public_start(phantom_kinds, patch_size, compute) if phantom_kinds else None,
+        start=public_start(phantom_kinds, patch_size, compute) if starts else None,
         by_hand=by_hand.names,
     )
 

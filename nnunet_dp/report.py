@@ -6,8 +6,9 @@ as what is.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerEntry, epsilon_of
@@ -34,6 +35,8 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
         ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
         ("morphology", _learning(plan.morphology)),
         ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
+        ("public start", plan.start.describe() if plan.start else "none: random weights"),
+        *([("SET BY HAND", f"{', '.join(plan.by_hand)} (noise calibrated to the target)")] if plan.by_hand else []),
         ("covers", "; ".join(covered(section, configuration))),
         ("NOT covered", "; ".join(section.not_covered)),
         *([("NOTE", _CASE_NOTE)] if budget.unit == "case" else []),
@@ -71,6 +74,47 @@ def banner(
         ("another budget", "nnunet-dp plan -d DATASET -c CONFIGURATION --epsilon E, then train with -p"),
     ]
     return "\n".join(["", "private training with nnunet_dp", *(f"  {label:<17} {text}" for label, text in lines), ""])
+
+
+def curve_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Several budgets side by side, a line each; ``rows`` are ``PlanReport.as_dict()``."""
+    first = rows[0]
+    parameters = first["network"]["parameters"]
+    lines = [
+        f"per {first['unit']} of {first['patients']}, delta {first['delta']:g}, {parameters} parameters",
+        "epsilon  steps  noise multiplier  signal/noise  attacker at 1 % / 5 % false positives  verdict",
+    ]
+    for row in rows:
+        gains = f"{row['true_positive_rate_at_0.01']:.1%} / {row['true_positive_rate_at_0.05']:.1%}"
+        lines.append(
+            f"{row['epsilon']:>7g}  {row['steps']:>5}  {row['noise_multiplier']:>16.4g}  "
+            f"{row['signal_to_noise']:>12.2g}  {gains:>38}  {row['verdict']}"
+        )
+    return lines
+
+
+def plot_curve(rows: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Draw what several budgets buy (signal to noise) and what they cost (an attacker's gain)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="tight")
+    bought = figure.subplots()
+    paid = bought.twinx()
+    epsilons = [row["epsilon"] for row in rows]
+    bought.plot(epsilons, [row["signal_to_noise"] for row in rows], "o-", label="signal to noise (left)")
+    for alpha, style in ((0.01, "s--"), (0.05, "^:")):
+        gains = [row[f"true_positive_rate_at_{alpha:g}"] for row in rows]
+        paid.plot(epsilons, gains, style, color="tab:red", label=f"attacker at {alpha:.0%} false positives (right)")
+    for row in rows:
+        place = row["epsilon"], row["signal_to_noise"]
+        bought.annotate(row["verdict"], place, xytext=(-4, 6), textcoords="offset points", ha="right")
+    bought.set(xlabel=f"epsilon per {rows[0]['unit']}", ylabel="signal to noise", xscale="log", ylim=(0, None))
+    bought.set_xticks(epsilons, [f"{epsilon:g}" for epsilon in epsilons])
+    bought.minorticks_off()
+    paid.set(ylabel="true positives of the best membership test", ylim=(0, 1))
+    figure.legend(loc="upper left", bbox_to_anchor=(0.12, 0.95), fontsize="small")
+    FigureCanvasAgg(figure).print_png(str(file))
 
 
 def plot_spending(entries: Sequence[LedgerEntry], budget: PrivacyBudget, file: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from nnunet_dp import TRAINER_NAMES, __version__
 from nnunet_dp.cli import main
 from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
+from nnunet_dp.planning import ByHand
 
 PLAN = ["plan", "-d", "4", "-c", "3d_fullres", "--epsilon", "8"]
 
@@ -31,6 +32,12 @@ def stub(monkeypatch: pytest.MonkeyPatch, module: str, function: str, answer):
     return calls
 
 
+def stub_plan(monkeypatch: pytest.MonkeyPatch, changed: bool, name: str = "P"):
+    """``plan`` without planning: the calls of ``plan_dataset``."""
+    stub(monkeypatch, "nnunet_dp.nnunet_start", "forecast", "12 min")
+    return stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name=name, changed=changed))
+
+
 def report(**more):
     values = {"epsilon_target": 8.0}
     lines = [("Epsilon", "8"), ("Unit", "patient")]
@@ -46,7 +53,7 @@ def test_help_shows_the_workflow_in_four_lines(capsys):
     assert all(lines[first + row].startswith(step) for row, step in enumerate(steps))
 
 
-@pytest.mark.parametrize("command", ["link", "env", "phantom", "plan", "status"])
+@pytest.mark.parametrize("command", ["link", "env", "phantom", "plan", "pretrain", "status"])
 def test_every_command_teaches_by_an_example(command, capsys):
     assert main([command, "--help"]) == 0
     assert "Example:" in capsys.readouterr().out
@@ -114,13 +121,16 @@ def test_an_interruption_ends_with_130_and_without_a_traceback(monkeypatch, caps
 def test_plan_passes_everything_on(monkeypatch, tmp_path, capsys):
     table = tmp_path / "people.csv"
     table.write_text("case,person\n")
-    calls = stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="Mine", changed=True))
+    calls = stub_plan(monkeypatch, changed=True, name="Mine")
     options = ["--delta", "1e-4", "--patients", str(table), "--patient-column", "person", "-p", "ResEnc"]
     options += ["-o", "Mine", "--compute", "small", "--public-weights", str(table), "--overwrite"]
-    options += ["--morphology-share", "0.1"]
+    options += ["--morphology-share", "0.1", "--no-start", "--set", "steps=50", "--set", "momentum=0.5"]
     assert main([*PLAN, *options]) == 0
-    assert calls[0][0] == ("4", "3d_fullres", 8.0, 1e-4)
+    assert calls[0][0] == ("4", "3d_fullres", 8.0)
     assert calls[0][1] == {
+        "delta": 1e-4,
+        "public_start": False,
+        "by_hand": ByHand(steps=50, momentum=0.5),
         "patients_file": table,
         "patient_column": "person",
         "plans": "ResEnc",
@@ -134,16 +144,29 @@ def test_plan_passes_everything_on(monkeypatch, tmp_path, capsys):
 
 
 def test_plan_chooses_nothing_by_itself(monkeypatch, capsys):
-    calls = stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="P", changed=False))
+    calls = stub_plan(monkeypatch, changed=False)
     assert main(PLAN) == 0
-    absent = dict.fromkeys(["patients_file", "patient_column", "output", "public_weights"])
+    absent = dict.fromkeys(["delta", "patients_file", "patient_column", "output", "public_weights"])
     defaults = {**absent, "plans": "nnUNetPlans", "compute": "full", "morphology_share": 0.04, "overwrite": False}
-    assert calls[0] == (("4", "3d_fullres", 8.0, None), defaults)
-    assert "Nothing changed" in capsys.readouterr().out
+    defaults |= {"public_start": True, "by_hand": ByHand()}
+    assert calls[0] == (("4", "3d_fullres", 8.0), defaults)
+    printed = capsys.readouterr().out
+    assert "Nothing changed" in printed and "On this machine: 12 min" in printed
+
+
+@pytest.mark.parametrize("budgets", [["--epsilon", "8", "--curve", "1,3"], []])
+def test_plan_wants_one_budget_or_a_curve(budgets, capsys):
+    assert main([*PLAN[:5], *budgets]) == 2
+    assert "--curve" in capsys.readouterr().err
+
+
+def test_a_curve_of_words_is_refused(capsys):
+    assert main([*PLAN[:5], "--curve", "small,large"]) == 2
+    assert "--curve 1,3,8,20" in capsys.readouterr().err
 
 
 def test_no_morph_gives_all_to_the_training_and_contradicts_a_share(monkeypatch, capsys):
-    calls = stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="P", changed=True))
+    calls = stub_plan(monkeypatch, changed=True)
     assert main([*PLAN, "--no-morph"]) == 0
     assert calls[0][1]["morphology_share"] == 0
     assert main([*PLAN, "--no-morph", "--morphology-share", "0.1"]) == 2

@@ -17,9 +17,10 @@ from ordinary_plans import DATASET, DATASET_JSON, ordinary_plans, preprocessed_d
 from nnunet_dp import loading, nnunet
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.charges import Charge
+from nnunet_dp.cli import main
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger
-from nnunet_dp.nnunet import CallingOptions, plan_dataset
+from nnunet_dp.nnunet import CallingOptions, plan_curve, plan_dataset
 from nnunet_dp.patients import Patients
 from nnunet_dp.planning import plan_configuration
 from nnunet_dp.plans import read_section
@@ -317,7 +318,21 @@ def test_ordinary_plans_configure_themselves_to_the_default_budget_under_their_o
     plans = nnunet.self_configured(ordinary_plans(), "3d_fullres", DATASET_JSON)
     section = read_section(plans)
     assert (plans["plans_name"], section.budget.epsilon, section.budget.delta) == ("nnUNetPlans", 8.0, 1e-5)
-    assert plan_dataset("4", "3d_fullres", 8.0).section == section
+    assert plan_dataset("4", "3d_fullres", 8.0, public_start=False).section == section
+
+
+def test_a_curve_plans_several_budgets_and_writes_nothing(folder):
+    reports = plan_curve("4", "3d_fullres", [1.0, 8.0], delta=1e-5)
+    assert [report.section.budget.epsilon for report in reports] == [1, 8]
+    assert reports[0].as_dict()["true_positive_rate_at_0.01"] < reports[1].as_dict()["true_positive_rate_at_0.01"]
+    assert not list(folder.glob("*DP_eps*"))
+
+
+def test_a_curve_is_printed_and_drawn(folder, capsys):
+    assert main(["plan", "-d", "4", "-c", "3d_fullres", "--curve", "8,1,3", "--delta", "1e-5"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[2:5]] == ["1", "3", "8"]
+    assert (folder / "plan_curve_3d_fullres.png").read_bytes().startswith(b"\x89PNG")
 
 
 # ---- known defects, to be mended in the core ----------------------------------------------------------------------

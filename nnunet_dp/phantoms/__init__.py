@@ -7,6 +7,8 @@ kinds with regions in nnU-Net's raw layout; in both, `patients.csv` says which c
 
 ===========  ==================================================================  =========  ======================
 hippocampus  head and tail in T1-weighted MRI                                    3D         Task301, 2 classes
+heart        right ventricle, myocardium, left ventricle in short-axis cine MRI  3D         Task303, 3 classes
+ct_kidney    kidney and tumour in computed tomography                            3D         Task304, 2 classes
 lesion       pigmented skin lesion in dermoscopy                                 2D, RGB    Dataset302, 1 class
 layers       layers of the macula in optical coherence tomography                2D, grey   Dataset305, 7 classes
 mpmri        glioblastoma in T1, T1 with contrast agent, T2 and FLAIR            3D         Dataset306, 3 regions
@@ -40,13 +42,13 @@ import SimpleITK as sitk
 
 from nnunet_dp.errors import UsageRefusal
 
-from . import hippocampus, layers, lesion, mpmri
+from . import ct_kidney, heart, hippocampus, layers, lesion, mpmri
 from .anatomy import Kind, Patient, Scan, Shape
 
 __all__ = ["KINDS", "Kind", "Patient", "Scan", "write_dataset"]
 
 KINDS: Mapping[str, Kind] = MappingProxyType(
-    {kind.name: kind for kind in (hippocampus.KIND, lesion.KIND, layers.KIND, mpmri.KIND)}
+    {kind.name: kind for kind in (m.KIND for m in (hippocampus, heart, ct_kidney, lesion, layers, mpmri))}
 )
 
 Case = tuple[str, Patient, int]  # name, whose, which of the patient's
