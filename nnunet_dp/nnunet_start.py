@@ -158,17 +158,22 @@ def _facts(
     """Everything that the weights depend on; the phantoms' own code by its bytes."""
     facts = public_facts(plans, dataset_json)
     configured = PlansManager(plans).get_configuration(configuration).configuration
+    intensities = plans.get("foreground_intensity_properties_per_channel")
     kept = ("architecture", "patch_size", "spacing", "normalization_schemes", "use_mask_for_norm")
     drawn = [anatomy, randomisation, *(sys.modules[find_kind(name, facts).render_module] for name in recipe.kinds)]
     code = hashlib.sha256(b"".join(Path(str(module.__file__)).read_bytes() for module in drawn))
     return {
         "recipe": recipe.model_dump(mode="json"),
         "configuration": {key: configured[key] for key in kept},
-        "intensities": plans.get("foreground_intensity_properties_per_channel"),
+        "intensities_sha256": _digest(intensities if facts.calibrated else None),
         "channels": dataset_json.get("channel_names", dataset_json.get("modality")),
         "labels": dataset_json["labels"],
         "phantoms_sha256": code.hexdigest(),
     }
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _learn(

@@ -43,6 +43,7 @@ TRAINING_SHARE = 0.8  # four of five folds: the public share of patients that tr
 PATCH_LIMIT: dict[str, int] = {"full": 120_000, "small": 10_000}
 STEP_LIMIT: dict[str, int] = {"full": 300, "small": 60}
 FEWEST_STEPS = 10
+START_IMAGES = 400  # phantoms; each is randomised anew whenever it is used
 START_ITERATIONS: dict[str, int] = {"full": 3000, "small": 1500}
 MORPHOLOGY_SHARE = 0.04  # of mu^2: two percent more noise on the training
 
@@ -365,7 +366,7 @@ def public_start(kinds: tuple[str, ...], patch_size: tuple[int, ...], compute: C
     voxels = math.prod(patch_size)
     batch = max(2, min(16, round(200_000 / voxels)))
     iterations = max(300, min(START_ITERATIONS[compute], round(1.2e9 / (batch * voxels))))
-    return PublicStart(kinds=kinds, images=400, iterations=iterations, batch=batch, learning_rate=2e-3)
+    return PublicStart(kinds=kinds, images=START_IMAGES, iterations=iterations, batch=batch, learning_rate=2e-3)
 
 
 def plan_configuration(
