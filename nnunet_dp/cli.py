@@ -292,6 +292,7 @@ def pretrain_command(
         list[str] | None, typer.Option(help="Kind to learn from; give it again for more. Default: the plan's.")
     ] = None,
     iterations: Annotated[int | None, typer.Option(min=1, help="Batches. Default: the plan's.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Phantoms drawn. Default: the plan's.")] = None,
     from_public: Annotated[
         Path | None,
         typer.Option(exists=True, dir_okay=False, help="Begin from this nnU-Net checkpoint on public data."),
@@ -326,7 +327,16 @@ def pretrain_command(
     chosen = torch.device(device if device != "cuda" or torch.cuda.is_available() else "cpu")
     with _progress("Learning from phantoms") as progress:
         report = pretrain(
-            dataset, configuration, plans, chosen, processes, tuple(phantom or ()), iterations, from_public, progress
+            dataset,
+            configuration,
+            plans,
+            chosen,
+            processes,
+            kinds=tuple(phantom or ()),
+            iterations=iterations,
+            images=images,
+            public_weights=from_public,
+            progress=progress,
         )
     _show(report, as_json)
     if not as_json:

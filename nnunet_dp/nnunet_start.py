@@ -96,6 +96,7 @@ def pretrain(
     processes: int,
     kinds: tuple[str, ...] = (),
     iterations: int | None = None,
+    images: int | None = None,
     public_weights: Path | None = None,
     progress: Progress | None = None,
 ) -> StartReport:
@@ -120,6 +121,7 @@ def pretrain(
     changes = {
         **({"kinds": kinds} if kinds else {}),
         **({"iterations": iterations} if iterations else {}),
+        **({"images": images} if images else {}),
         **({"public_weights_sha256": file_sha256(public_weights)} if public_weights else {}),
     }
     for kind in changes.get("kinds", ()):

@@ -4,6 +4,7 @@ Each dataset is prepared once and each training runs once; the tests look at wha
 through ``nnUNet_extTrainer``, the 2D run through ``nnunet-dp link``. What takes longer is in ``test_doors_slow.py``.
 """
 
+import hashlib
 import json
 import math
 import random
@@ -74,6 +75,25 @@ def log_of(model: Model) -> str:
 
 def is_neutral(value: object) -> bool:
     return value in ({}, None, 0)
+
+
+# ---- a training that begins from phantoms ------------------------------------------------------------------------
+
+
+def test_a_training_makes_its_public_start_once_and_records_it(tmp_path):
+    place = linked(lesion(tmp_path))
+    place.plan("--epsilon", 8, "--compute", "small", "--set", "steps=2", start=True)
+    model = Model(place, "nnUNetTrainerDP_AutoS", "nnUNetPlansDP_eps8")
+    few = ("--iterations", 3, "--images", 6, "-device", "cpu", "-np", 1)
+    place.run("nnunet-dp", "pretrain", "-d", place.number, "-c", place.configuration, "-p", model.plans, *few)
+    (made,) = (place.preprocessed / "public_starts").glob("*.pth")
+    made.unlink()
+    console = model.train()
+    assert "making the public start once" in console and "3 iterations" in console and "SET BY HAND" in console
+    recorded = json.loads((model.folder / "public_start.json").read_text())
+    assert recorded["sha256"] == hashlib.sha256(made.read_bytes()).hexdigest()
+    assert recorded["recipe"]["kinds"] == ["lesion"] and model.status()["steps_done"] == 2
+    assert "making" not in Model(place, model.trainer, model.plans, "1").train()
 
 
 # ---- a 3D training from the Decathlon's layout to predictions ----------------------------------------------------
