@@ -314,7 +314,7 @@ def draw(
     configured = PlansManager(plans).get_configuration(configuration)
     work = partial(_draw_one, plans, configuration, dataset_json, recipe)
     with contextlib.redirect_stdout(io.StringIO()):
-        images = list(in_order(work, range(recipe.images), processes))
+        images = list(in_order(work, range(recipe.images), processes, prepare=partial(torch.set_num_threads, 1)))
     return Phantoms(
         images,
         tuple(configured.patch_size),
@@ -326,7 +326,6 @@ def draw(
 def _draw_one(
     plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], recipe: PublicStart, number: int
 ) -> LabelledImage:
-    torch.set_num_threads(1)
     kind = find_kind(recipe.kinds[number % len(recipe.kinds)], public_facts(plans, dataset_json))
     patient = Patient(kind.name, recipe.seed, number // len(recipe.kinds))
     if kind.name == SHAPES:

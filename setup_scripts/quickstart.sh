@@ -146,7 +146,8 @@ once convert
 once preprocess
 
 stage "Turn the privacy budget into plans"
-nnunet-dp plan -d $dataset -c $configuration --epsilon $epsilon
+# No public start: it would learn from phantoms of the very kind that plays the patients here.
+nnunet-dp plan -d $dataset -c $configuration --epsilon $epsilon --no-start
 
 stage "Train privately"
 once train

@@ -88,6 +88,12 @@ def test_shapes_fill_the_patch_of_any_configuration():
     assert [image.labels.ndim for image in drawn] == [3, 3] or [image.labels.ndim for image in drawn] == [2, 2]
 
 
+def test_drawing_in_this_process_leaves_its_threads_as_they_are():
+    before = torch.get_num_threads()
+    draw(ordinary_plans(), "2d", DATASET_JSON, recipe("shapes"), processes=1)
+    assert torch.get_num_threads() == before
+
+
 # ---- learning once -----------------------------------------------------------------------------------------------
 
 
