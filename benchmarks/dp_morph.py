@@ -32,7 +32,8 @@ from nnunet_dp.morphology import (
     classes_from,
     read_morphology,
 )
-from nnunet_dp.nnunet import SegmentationFiles, find_splits, patients_of_plan
+from nnunet_dp.nnunet import find_splits, patients_of_plan
+from nnunet_dp.nnunet_files import SegmentationFiles
 from nnunet_dp.plans import read_section
 from nnunet_dp.refinement import refine
 from nnunet_dp.segmentation_metrics import segmentation_metrics

@@ -19,7 +19,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from nnunet_dp.morphology import Morphology, classes_from
-from nnunet_dp.nnunet import SegmentationFiles, configuration_spacing
+from nnunet_dp.nnunet import configuration_spacing
+from nnunet_dp.nnunet_files import SegmentationFiles
 from nnunet_dp.refinement import refine
 from nnunet_dp.shape_votes import Answer, Ballot, decide, questions
 

@@ -6,7 +6,7 @@ command    calls                                            prints
 link       :func:`nnunet_dp.link.link`, ``unlink``          where the shim lies
 env        :func:`nnunet_dp.link.external_trainer_export`   one line for the shell
 phantom    :func:`nnunet_dp.phantoms.write_dataset`         the folder and what to type next
-plan       :func:`nnunet_dp.nnunet.plan_dataset`            the plan as a table or as JSON
+plan       :func:`nnunet_dp.nnunet_planning.plan_dataset`   the plan as a table or as JSON
 pretrain   :func:`nnunet_dp.nnunet_start.pretrain`          the public start's file and recipe
 status     :func:`nnunet_dp.status.read_status`             what was spent, as a table or as JSON
 morph      :mod:`nnunet_dp.learning`, ``refined_folder``    the rules, or how many files were refined
@@ -266,11 +266,11 @@ def plan_command(
         overwrite=overwrite,
     )
     if curve is not None:
-        from nnunet_dp.nnunet import plan_curve
+        from nnunet_dp.nnunet_planning import plan_curve
 
         _show_curve(plan_curve(dataset, configuration, _parse_epsilons(curve), **options), as_json)
         return
-    from nnunet_dp.nnunet import plan_dataset
+    from nnunet_dp.nnunet_planning import plan_dataset
 
     assert epsilon is not None
     report = plan_dataset(dataset, configuration, epsilon, **options)

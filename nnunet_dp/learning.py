@@ -40,7 +40,6 @@ from nnunet_dp.morphology import (
     write_morphology,
 )
 from nnunet_dp.nnunet import (
-    SegmentationFiles,
     common_spacing,
     configuration_folder,
     configuration_spacing,
@@ -48,6 +47,7 @@ from nnunet_dp.nnunet import (
     find_splits,
     patients_of_plan,
 )
+from nnunet_dp.nnunet_files import SegmentationFiles
 from nnunet_dp.planning import PrivacySection
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.refined_folder import PICKLE, write_pickle

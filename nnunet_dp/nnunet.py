@@ -1,7 +1,8 @@
-"""Everything this package asks of nnU-Net: the only core file that imports ``nnunetv2``.
+"""What this package asks of nnU-Net; only the core files named after it import ``nnunetv2``.
 
-Datasets and their units, private plans from ordinary ones, patches of one patient, the network's admission, what a
-finished checkpoint may hold. The trainers (``nnunet_dp.trainers``) call these functions and contain no algorithm.
+Here: datasets and their units, models, patches of one patient, flags, what a finished checkpoint may hold. Beside it:
+``nnunet_planning`` (private plans), ``nnunet_start`` (the public start), ``nnunet_files`` (segmentations on disk). The
+trainers (``nnunet_dp.trainers``) call these functions and contain no algorithm.
 """
 
 from __future__ import annotations
@@ -10,32 +11,22 @@ import hashlib
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.imageio.reader_writer_registry import (
-    determine_reader_writer_from_dataset_json,
-    recursive_find_reader_writer_by_name,
-)
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw, nnUNet_results
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.file_path_utilities import get_output_folder
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
-from nnunet_dp.accounting import PrivacyBudget, default_delta
-from nnunet_dp.attacker import true_positive_rate
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
-from nnunet_dp.morphology import classes_from
-from nnunet_dp.outlook import Outlook, outlook
 from nnunet_dp.patients import (
     Patients,
     canonical_digest,
@@ -45,34 +36,18 @@ from nnunet_dp.patients import (
     read_patients,
     write_canonical,
 )
-from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds
 from nnunet_dp.planning import (
-    MORPHOLOGY_SHARE,
-    NOT_COVERED,
-    TRAINING_SHARE,
-    ByHand,
-    Compute,
     ConfigurationPlan,
     PrivacySection,
-    plan_configuration,
 )
 from nnunet_dp.plans import (
-    SECTION,
-    for_one_configuration,
-    plans_name,
-    read_section,
-    shrunk_architecture,
-    with_section,
     write_json,
 )
-from nnunet_dp.report import describe
 from nnunet_dp.run import LEDGER
 from nnunet_dp.splits import Splits, check_splits, make_splits
 
 PATIENTS = "patients.csv"
 SPLITS = "splits_final.json"
-DEFAULT_EPSILON = 8.0
-LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range
 
 
 # ---- datasets and their units ------------------------------------------------------------------------------------
@@ -201,357 +176,7 @@ def find_splits(folder: Path, patients: Patients) -> Splits:
     return splits
 
 
-# ---- private plans -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What ``nnunet-dp plan`` decided and where it wrote it."""
-
-    plans_name: str
-    file: Path
-    changed: bool
-    configuration: str
-    section: PrivacySection
-    spent: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        plan = self.section.configurations[self.configuration]
-        return {
-            "plans_name": self.plans_name,
-            "file": str(self.file),
-            "changed": self.changed,
-            "configuration": self.configuration,
-            "epsilon": self.section.budget.epsilon,
-            "epsilon_planned": self.spent,
-            "delta": self.section.budget.delta,
-            "unit": self.section.budget.unit,
-            "relation": self.section.budget.relation,
-            "patients": self.section.patients,
-            "accountant": self.section.accountant,
-            "not_covered": list(self.section.not_covered),
-            **plan.model_dump(mode="json"),
-            **self.expected(),
-        }
-
-    def lines(self) -> list[tuple[str, str]]:
-        """Label and value, for a table."""
-        expected, gains = self.outlook, self.attacker_gains()
-        attacker = "; ".join(f"{rate:.1%} at {alpha:.0%} false positives" for alpha, rate in gains.items())
-        return [
-            ("plans", self.plans_name),
-            *describe(self.section, self.configuration, None),
-            ("attacker", f"tells whether a {self.section.budget.unit} took part, at most: {attacker}"),
-            ("verdict", f"{expected.verdict}: {expected.reason}; {expected.next_step}"),
-        ]
-
-    def expected(self) -> dict[str, Any]:
-        """Signal to noise, verdict and attacker's gain, for ``--json``."""
-        gains = {f"true_positive_rate_at_{alpha:g}": rate for alpha, rate in self.attacker_gains().items()}
-        return {"signal_to_noise": self.outlook.signal_to_noise, "verdict": self.outlook.verdict, **gains}
-
-    def attacker_gains(self) -> dict[float, float]:
-        """Highest true-positive rate of a membership test at 1 % and 5 % false positives, by the planned releases."""
-        plan = self.section.configurations[self.configuration]
-        events = plan.privacy_plan(self.section.budget, "flat", 1).events
-        return {alpha: true_positive_rate(events, alpha) for alpha in (0.01, 0.05)}
-
-    @property
-    def outlook(self) -> Outlook:
-        """What to expect of a fold with the usual share of the patients."""
-        plan = self.section.configurations[self.configuration]
-        patients = int(TRAINING_SHARE * self.section.patients)
-        return outlook(self.section.budget, patients, plan.network.parameters, plan.start is not None)
-
-
-def plan_dataset(
-    dataset: str,
-    configuration: str,
-    epsilon: float,
-    delta: float | None = None,
-    *,
-    patients_file: Path | None = None,
-    patient_column: str | None = None,
-    plans: str = "nnUNetPlans",
-    output: str | None = None,
-    compute: Compute = "full",
-    public_weights: Path | None = None,
-    morphology_share: float = MORPHOLOGY_SHARE,
-    public_start: bool = True,
-    by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
-    overwrite: bool = False,
-) -> PlanReport:
-    """Write private plans beside nnU-Net's; a pure function of the budget and public facts.
-
-    The same arguments again change nothing; another configuration is added to the file.
-
-    Raises:
-        UsageRefusal: for unknown datasets, plans or configurations, and for a differing plan of that name without
-            ``overwrite``.
-    """
-    draft = _Draft(
-        dataset, configuration, delta, patients_file, patient_column, plans, output, compute, public_weights,
-        morphology_share, public_start, by_hand, overwrite,
-    )  # fmt: skip
-    private, report = draft.plan(epsilon)
-    changed = _merge_into(report.file, private, report.section, configuration, overwrite)
-    return replace(report, changed=changed)
-
-
-def plan_curve(dataset: str, configuration: str, epsilons: Sequence[float], **options: Any) -> list[PlanReport]:
-    """Plans for several budgets, side by side; nothing is written.
-
-    Args:
-        dataset: id or name.
-        configuration: nnU-Net's name.
-        epsilons: the budgets.
-        options: those of ``plan_dataset``.
-    """
-    if not epsilons:
-        raise UsageRefusal("--curve should name budgets, found none: try --curve 1,3,8,20")
-    draft = _Draft(dataset, configuration, **options)
-    return [draft.plan(epsilon)[1] for epsilon in epsilons]
-
-
-@dataclass(frozen=True)
-class _Draft:
-    """What ``nnunet-dp plan`` was asked for, but for epsilon."""
-
-    dataset: str
-    configuration: str
-    delta: float | None = None
-    patients_file: Path | None = None
-    patient_column: str | None = None
-    plans: str = "nnUNetPlans"
-    output: str | None = None
-    compute: Compute = "full"
-    public_weights: Path | None = None
-    morphology_share: float = MORPHOLOGY_SHARE
-    public_start: bool = True
-    by_hand: ByHand = ByHand()  # noqa: RUF009 (frozen)
-    overwrite: bool = False
-
-    def plan(self, epsilon: float) -> tuple[dict[str, Any], PlanReport]:
-        """The private plans for one epsilon, not yet written."""
-        self._refuse_meaningless(epsilon)
-        folder = preprocessed_folder(self.dataset)
-        source = _read_plans(folder, self.plans)
-        _refuse_configuration(source, self.configuration)
-        patients = find_patients(folder, self.patients_file, self.patient_column, self.overwrite)
-        budget = self._budget(epsilon, patients)
-        dataset_json = json.loads((folder / "dataset.json").read_text())
-        private, section = _private(
-            source, self.configuration, dataset_json, folder, patients, budget, self.compute, self.public_weights,
-            self.morphology_share, self.public_start, self.by_hand,
-        )  # fmt: skip
-        name = self.output or plans_name(self.plans, epsilon)
-        private["plans_name"] = name
-        spent = _planned_epsilon(section, self.configuration)
-        return private, PlanReport(name, folder / f"{name}.json", False, self.configuration, section, spent)
-
-    def _refuse_meaningless(self, epsilon: float) -> None:
-        output, delta = self.output, self.delta
-        if not 0 < epsilon <= LARGEST_EPSILON:
-            raise UsageRefusal(f"epsilon should lie in (0, {LARGEST_EPSILON:g}], found {epsilon:g}: try --epsilon 8")
-        if output is not None and (not output or Path(output).name != output or output.endswith(".json")):
-            raise UsageRefusal(f"-o should be a name without folder and .json, found {output!r}: try -o myplans")
-        if delta is not None and not 0 < delta < 1:
-            raise UsageRefusal(f"delta should lie between 0 and 1, found {delta:g}: try 1e-5")
-
-    def _budget(self, epsilon: float, patients: Patients) -> PrivacyBudget:
-        delta = default_delta(patients.number) if self.delta is None else self.delta
-        if delta * patients.number >= 1:
-            raise UsageRefusal(
-                f"delta should be below 1 / {patients.number} {patients.unit}s, found {delta:g}: try 1e-5"
-            )
-        return PrivacyBudget(epsilon=epsilon, delta=delta, unit=patients.unit)
-
-
-def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> dict[str, Any]:
-    """Ordinary plans turned private in memory, to the default budget and under their own name.
-
-    Without a public start, so that a training that nobody planned begins at once.
-    """
-    folder = preprocessed_folder(plans["dataset_name"])
-    _refuse_configuration(plans, configuration)
-    patients = find_patients(folder)
-    budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
-    return _private(plans, configuration, dataset_json, folder, patients, budget, "full", None, public_start=False)[0]
-
-
-def public_facts(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> PublicFacts:
-    """What decides which phantoms resemble a dataset, from its plans and its dataset.json."""
-    schemes = next(iter(plans["configurations"].values())).get("normalization_schemes", ())
-    shape = plans.get("original_median_shape_after_transp", ())
-    values = {int(v) for label in dataset_json["labels"].values() for v in np.atleast_1d(label)}
-    ignored = {dataset_json["labels"]["ignore"]} if "ignore" in dataset_json["labels"] else set()
-    return PublicFacts(
-        dimensions=2 if len(shape) == 3 and round(shape[0]) == 1 else 3,
-        channels=len(dataset_json.get("channel_names", dataset_json.get("modality", {}))),
-        calibrated="CTNormalization" in schemes,
-        classes=len(values - {0} - ignored),
-        regions=bool(PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).has_regions),
-    )
-
-
-def _refuse_configuration(plans: dict[str, Any], configuration: str) -> None:
-    if configuration not in plans["configurations"]:
-        known = ", ".join(plans["configurations"])
-        raise UsageRefusal(f"plans {plans['plans_name']} have no configuration {configuration}; they have: {known}")
-    if PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
-        raise Refusal("the cascade's second stage is not supported: it sees predictions of an earlier private model")
-
-
-def _private(
-    source: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    folder: Path,
-    patients: Patients,
-    budget: PrivacyBudget,
-    compute: Compute,
-    public_weights: Path | None,
-    morphology_share: float = MORPHOLOGY_SHARE,
-    public_start: bool = True,
-    by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
-) -> tuple[dict[str, Any], PrivacySection]:
-    manager = PlansManager(source).get_configuration(configuration)
-    architecture = manager.configuration["architecture"]
-    plan = plan_configuration(
-        budget,
-        patients.number,
-        tuple(manager.patch_size),
-        architecture["arch_kwargs"]["strides"],
-        lambda features: count_parameters(source, configuration, dataset_json, features),
-        compute,
-        tuple(round(edge) for edge in source.get("original_median_shape_after_transp", ())),
-        morphology_share,
-        len(classes_from(dataset_json).classes),
-        matching_kinds(public_facts(source, dataset_json)) if public_start and public_weights is None else (),
-        by_hand,
-    )
-    kept = folder / PATIENTS
-    section = PrivacySection(
-        budget=budget,
-        patients=patients.number,
-        patients_file_sha256=digest(kept) if kept.is_file() else None,
-        source_plans=source["plans_name"],
-        public_weights_sha256=file_sha256(public_weights) if public_weights else None,
-        not_covered=NOT_COVERED,
-        configurations={configuration: plan},
-    )
-    shrunk = {configuration: shrunk_architecture(architecture, plan.network.features_per_stage)}
-    return with_section(source, source["plans_name"], section, shrunk), section
-
-
-def _merge_into(
-    file: Path, private: dict[str, Any], section: PrivacySection, configuration: str, overwrite: bool
-) -> bool:
-    """Write the private plans, keeping what the file already plans for other configurations; whether it changed."""
-    if file.is_file():
-        old = json.loads(file.read_text())
-        before = read_section(old)
-        if before is None:
-            raise UsageRefusal(f"{file.name} holds plans without privacy: choose another name with -o")
-        same_budget = before.model_copy(update={"configurations": {}}) == section.model_copy(
-            update={"configurations": {}}
-        )
-        known = before.configurations.get(configuration)
-        if known is not None and for_one_configuration(old, configuration) == for_one_configuration(
-            private, configuration
-        ):
-            return False
-        if not overwrite and not (same_budget and known is None):
-            raise UsageRefusal(
-                f"{file.name} already plans {configuration if same_budget else 'another budget'} differently: "
-                "give --overwrite to replace it, or another name with -o"
-            )
-        if same_budget:
-            for other, plan in before.configurations.items():
-                if other != configuration:
-                    private["configurations"][other] = old["configurations"][other]
-                    private[SECTION]["configurations"][other] = plan.model_dump(mode="json")
-    write_json(private, file)
-    return True
-
-
-def _read_plans(folder: Path, plans: str) -> dict[str, Any]:
-    file = folder / f"{plans}.json"
-    if not file.is_file():
-        found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
-        raise UsageRefusal(f"{folder.name} has no plans {plans}; found: {found}. Run nnUNetv2_plan_and_preprocess")
-    content = json.loads(file.read_text())
-    if read_section(content) is not None:
-        raise UsageRefusal(f"{plans} are private plans already: start from the plans they were made from")
-    return content
-
-
-def _planned_epsilon(section: PrivacySection, configuration: str) -> float:
-    plan: ConfigurationPlan = section.configurations[configuration]
-    return plan.privacy_plan(section.budget, "flat", 1).epsilon
-
-
-def count_parameters(
-    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], features: tuple[int, ...]
-) -> int:
-    """Trainable parameters of the configuration's network with these features per stage; no memory is allocated."""
-    manager = PlansManager(plans)
-    configured = manager.get_configuration(configuration)
-    architecture = shrunk_architecture(configured.configuration["architecture"], features)
-    with torch.device("meta"):
-        network = get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            determine_num_input_channels(manager, configured, dataset_json),
-            manager.get_label_manager(dataset_json).num_segmentation_heads,
-            allow_init=False,
-            deep_supervision=True,
-        )
-    return sum(parameter.numel() for parameter in network.parameters())
-
-
-# ---- segmentations on disk -------------------------------------------------------------------------------------------
-
-
-def as_labels(segmentation: np.ndarray) -> np.ndarray:
-    """Labels as whole numbers; nnU-Net's readers give them as float32.
-
-    Raises:
-        UsageRefusal: for values that are no labels.
-    """
-    if np.issubdtype(segmentation.dtype, np.integer):
-        return segmentation
-    with np.errstate(invalid="ignore"):
-        labels = segmentation.astype(np.int16)
-    if not np.array_equal(labels, segmentation):
-        raise UsageRefusal("a segmentation should hold whole numbers below 32768, found other values: is it an image?")
-    return labels
-
-
-class SegmentationFiles:
-    """Reads and writes label maps the way nnU-Net does, with the reader of the dataset.
-
-    Args:
-        dataset_json: of the dataset, for the file ending.
-        plans: name the reader; without them it is found from the file ending.
-    """
-
-    def __init__(self, dataset_json: Mapping[str, Any], plans: Mapping[str, Any] | None = None) -> None:
-        self.file_ending = dataset_json["file_ending"]
-        name = (plans or {}).get("image_reader_writer") or dataset_json.get("overwrite_image_reader_writer")
-        found = recursive_find_reader_writer_by_name(name) if name else None
-        self._io = (found or determine_reader_writer_from_dataset_json(dict(dataset_json), verbose=False))()
-
-    def read(self, file: Path) -> tuple[np.ndarray, tuple[float, ...], dict[str, Any]]:
-        """Labels [*spatial], spacing in millimetres and what ``write`` needs to know."""
-        segmentation, properties = self._io.read_seg(str(file))
-        return as_labels(segmentation[0]), tuple(float(edge) for edge in properties["spacing"]), properties
-
-    def write(self, segmentation: np.ndarray, file: Path, properties: dict[str, Any]) -> None:
-        """Write labels [*spatial] with the geometry they were read with."""
-        self._io.write_seg(segmentation, str(file), properties)
+# ---- models, cases and configurations ------------------------------------------------------------------------------
 
 
 def input_cases(folder: Path, file_ending: str) -> list[str]:

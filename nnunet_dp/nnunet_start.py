@@ -1,6 +1,6 @@
 """The public start inside nnU-Net: phantoms preprocessed by the plans, the planned network, nnU-Net's loss.
 
-With ``nnunet.py`` the only core file that imports ``nnunetv2``. ``public_start`` holds the learning and the file.
+``public_start`` holds the learning and the file.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from torch.nn import functional
 from nnunet_dp import randomisation
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.forecast import measure
-from nnunet_dp.nnunet import PlanReport, fast_bfloat16, file_sha256, preprocessed_folder, public_facts
+from nnunet_dp.nnunet import fast_bfloat16, file_sha256, preprocessed_folder
+from nnunet_dp.nnunet_planning import PlanReport, public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
 from nnunet_dp.planning import TRAINING_SHARE, PublicStart

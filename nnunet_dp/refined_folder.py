@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from nnunet_dp import nnunet
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.morphology import FILE, Closing, Morphology, Opening, classes_from, write_morphology
-from nnunet_dp.nnunet import SegmentationFiles
+from nnunet_dp.nnunet_files import SegmentationFiles, as_labels
 from nnunet_dp.refinement import refine
 from nnunet_dp.replacing import replacing
 from nnunet_dp.workers import Progress, in_order
@@ -136,7 +135,7 @@ def refine_in_nnunet(segmentation: np.ndarray, rules: str, spacing_mm: Sequence[
     """
     morphology = Morphology.model_validate_json(rules)
     dimensions = 3 if spacing_mm is None else len(spacing_mm)
-    labels = nnunet.as_labels(segmentation[0] if segmentation.ndim > dimensions else segmentation)
+    labels = as_labels(segmentation[0] if segmentation.ndim > dimensions else segmentation)
     refined = refine(labels, morphology, spacing_mm or (1.0,) * labels.ndim)
     return refined.reshape(segmentation.shape).astype(segmentation.dtype)
 

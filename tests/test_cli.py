@@ -35,7 +35,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, module: str, function: str, answer):
 def stub_plan(monkeypatch: pytest.MonkeyPatch, changed: bool, name: str = "P"):
     """``plan`` without planning: the calls of ``plan_dataset``."""
     stub(monkeypatch, "nnunet_dp.nnunet_start", "forecast", "12 min")
-    return stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name=name, changed=changed))
+    return stub(monkeypatch, "nnunet_dp.nnunet_planning", "plan_dataset", report(plans_name=name, changed=changed))
 
 
 def report(**more):
@@ -93,7 +93,7 @@ def test_wrong_usage_ends_with_two(arguments, capsys):
     ],
 )
 def test_an_expected_error_is_one_line_and_a_code(error, code, monkeypatch, capsys):
-    stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", error)
+    stub(monkeypatch, "nnunet_dp.nnunet_planning", "plan_dataset", error)
     assert main(PLAN) == code
     captured = capsys.readouterr()
     assert captured.err == f"nnunet-dp: {error}\n"
@@ -101,19 +101,19 @@ def test_an_expected_error_is_one_line_and_a_code(error, code, monkeypatch, caps
 
 
 def test_debug_shows_the_traceback(monkeypatch):
-    stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", Refusal("a check failed"))
+    stub(monkeypatch, "nnunet_dp.nnunet_planning", "plan_dataset", Refusal("a check failed"))
     with pytest.raises(Refusal, match="a check failed"):
         main(["--debug", *PLAN])
 
 
 def test_a_fault_of_the_program_is_not_swallowed(monkeypatch):
-    stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", ZeroDivisionError("a fault"))
+    stub(monkeypatch, "nnunet_dp.nnunet_planning", "plan_dataset", ZeroDivisionError("a fault"))
     with pytest.raises(ZeroDivisionError):
         main(PLAN)
 
 
 def test_an_interruption_ends_with_130_and_without_a_traceback(monkeypatch, capsys):
-    stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", KeyboardInterrupt())
+    stub(monkeypatch, "nnunet_dp.nnunet_planning", "plan_dataset", KeyboardInterrupt())
     assert main(PLAN) == 130
     assert "Traceback" not in capsys.readouterr().err
 
@@ -186,7 +186,7 @@ def test_predict_hands_nnunets_flags_on_as_they_are_and_keeps_its_own(monkeypatc
 
 
 def test_json_is_one_object_and_nothing_else(monkeypatch, tmp_path, capsys):
-    stub(monkeypatch, "nnunet_dp.nnunet", "plan_dataset", report(plans_name="P", changed=True))
+    stub(monkeypatch, "nnunet_dp.nnunet_planning", "plan_dataset", report(plans_name="P", changed=True))
     stub(monkeypatch, "nnunet_dp.status", "read_status", report())
     for arguments in ([*PLAN, "--json"], ["status", str(tmp_path), "--json"]):
         assert main(arguments) == 0

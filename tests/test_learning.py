@@ -42,7 +42,8 @@ from nnunet_dp.morphology import (
     read_morphology,
     write_morphology,
 )
-from nnunet_dp.nnunet import SegmentationFiles, configuration_folder, data_digest, find_splits, patients_of_plan
+from nnunet_dp.nnunet import configuration_folder, data_digest, find_splits, patients_of_plan
+from nnunet_dp.nnunet_files import SegmentationFiles
 from nnunet_dp.planning import NOT_COVERED, MorphologyPlan, PrivacySection, morphology, plan_configuration
 from nnunet_dp.plans import with_section, write_json
 from nnunet_dp.refined_folder import PICKLE

@@ -20,7 +20,8 @@ from nnunet_dp.charges import Charge
 from nnunet_dp.cli import main
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger
-from nnunet_dp.nnunet import CallingOptions, plan_curve, plan_dataset
+from nnunet_dp.nnunet import CallingOptions
+from nnunet_dp.nnunet_planning import plan_curve, plan_dataset, self_configured
 from nnunet_dp.patients import Patients
 from nnunet_dp.planning import plan_configuration
 from nnunet_dp.plans import read_section
@@ -315,7 +316,7 @@ def test_without_nnunets_variables_the_user_is_told_which_to_set(folder, monkeyp
 
 
 def test_ordinary_plans_configure_themselves_to_the_default_budget_under_their_own_name(folder):
-    plans = nnunet.self_configured(ordinary_plans(), "3d_fullres", DATASET_JSON)
+    plans = self_configured(ordinary_plans(), "3d_fullres", DATASET_JSON)
     section = read_section(plans)
     assert (plans["plans_name"], section.budget.epsilon, section.budget.delta) == ("nnUNetPlans", 8.0, 1e-5)
     assert plan_dataset("4", "3d_fullres", 8.0, public_start=False).section == section
@@ -519,12 +520,12 @@ def test_cases_that_were_not_preprocessed_are_refused_by_their_number(data):
 @pytest.mark.parametrize("name", ["../evil", "a/b", "plans.json", ""])
 def test_plans_are_never_written_outside_the_dataset(folder, name):
     with pytest.raises(UsageRefusal, match="without folder"):
-        nnunet.plan_dataset(DATASET, "3d_fullres", 8, output=name)
+        plan_dataset(DATASET, "3d_fullres", 8, output=name)
 
 
 def test_an_epsilon_that_protects_nobody_is_refused(folder):
     with pytest.raises(UsageRefusal, match="1000"):
-        nnunet.plan_dataset(DATASET, "3d_fullres", 1e9)
+        plan_dataset(DATASET, "3d_fullres", 1e9)
 
 
 def test_a_finished_checkpoint_holds_weights_and_neutral_values_only():

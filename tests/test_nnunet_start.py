@@ -12,7 +12,7 @@ from ordinary_plans import DATASET_JSON, ordinary_plans, preprocessed_dataset
 from nnunet_dp import planning
 from nnunet_dp.cli import main
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.nnunet import plan_dataset, public_facts
+from nnunet_dp.nnunet_planning import plan_dataset, public_facts
 from nnunet_dp.nnunet_start import adopt, draw, ensure_start, planned_loss, planned_network, pretrain
 from nnunet_dp.phantoms.matching import PublicFacts
 from nnunet_dp.planning import PublicStart

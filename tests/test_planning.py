@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from nnunet_dp.accounting import PrivacyBudget, epsilon, gaussian_delta, gaussian_mu
 from nnunet_dp.clipping import RULE_NAMES
 from nnunet_dp.errors import BudgetRefusal, UsageRefusal
-from nnunet_dp.nnunet import count_parameters
+from nnunet_dp.nnunet_planning import count_parameters
 from nnunet_dp.planning import (
     FEWEST_STEPS,
     MORPHOLOGY_SHARE,

@@ -12,7 +12,7 @@ from ordinary_plans import DATASET_JSON, architecture, ordinary_plans
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.nnunet import count_parameters
+from nnunet_dp.nnunet_planning import count_parameters
 from nnunet_dp.planning import PrivacySection, plan_configuration
 from nnunet_dp.plans import (
     configuration_plan,

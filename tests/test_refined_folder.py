@@ -28,7 +28,7 @@ from nnunet_dp.morphology import (
     classes_from,
     read_morphology,
 )
-from nnunet_dp.nnunet import SegmentationFiles
+from nnunet_dp.nnunet_files import SegmentationFiles
 from nnunet_dp.refined_folder import PICKLE, refine_folder, write_pickle
 from nnunet_dp.refinement import refine
 

@@ -40,6 +40,7 @@ from nnunet_dp.errors import Refusal
 from nnunet_dp.learning import boxes_around, learn_once, own_rules, reference_facts
 from nnunet_dp.loading import PatientLoader
 from nnunet_dp.morphology import FILE
+from nnunet_dp.nnunet_planning import self_configured
 from nnunet_dp.nnunet_start import ensure_start
 from nnunet_dp.patients import Patients
 from nnunet_dp.public_start import PROVENANCE
@@ -93,7 +94,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         if private_plans.read_section(plans) is None:
             continue_training = plans.get("continue_training", False)
             ordinary = {key: value for key, value in plans.items() if key != "continue_training"}
-            plans = nnunet.self_configured(ordinary, configuration, dataset_json)
+            plans = self_configured(ordinary, configuration, dataset_json)
             plans["continue_training"] = continue_training
         plans = deepcopy(plans)
         plans.setdefault("continue_training", False)
