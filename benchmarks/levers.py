@@ -32,8 +32,9 @@ from nnunet_dp.gradients import trainable
 from nnunet_dp.nnunet import fast_bfloat16
 from nnunet_dp.nnunet_start import planned_loss
 from nnunet_dp.phantoms import Patient, hippocampus
-from nnunet_dp.planning import MORPHOLOGY_SHARE, PublicStart, learning_rate, signal_to_noise, steps
+from nnunet_dp.planning import MORPHOLOGY_SHARE, learning_rate, signal_to_noise, steps
 from nnunet_dp.public_start import LabelledImage, Phantoms, crop, learn
+from nnunet_dp.sections import PublicStart
 
 PATCH = (40, 56, 40)
 FEATURES = (16, 32, 64)

@@ -248,7 +248,7 @@ def plan_command(
       nnunet-dp plan -d 4 -c 3d_fullres --curve 1,3,8,20
       nnUNetv2_train 4 3d_fullres 0 -tr nnUNetTrainerDP_AutoS -p nnUNetPlansDP_eps8
     """
-    from nnunet_dp.planning import ByHand
+    from nnunet_dp.sections import ByHand
 
     if (epsilon is None) == (curve is None):
         raise UsageRefusal("give one of --epsilon (one plan) and --curve (several budgets side by side)")

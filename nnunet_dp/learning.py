@@ -48,11 +48,11 @@ from nnunet_dp.nnunet import (
     patients_of_plan,
 )
 from nnunet_dp.nnunet_files import SegmentationFiles
-from nnunet_dp.planning import PrivacySection
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.refined_folder import PICKLE, write_pickle
 from nnunet_dp.refinement import refine
 from nnunet_dp.run import LATEST, LEDGER, RunFolder, read_checkpoint
+from nnunet_dp.sections import PrivacySection
 from nnunet_dp.shape_votes import Ballot, learn, questions_for
 from nnunet_dp.soft_morphology import radii_from_mm
 from nnunet_dp.splits import fold_slots

@@ -36,14 +36,11 @@ from nnunet_dp.patients import (
     read_patients,
     write_canonical,
 )
-from nnunet_dp.planning import (
-    ConfigurationPlan,
-    PrivacySection,
-)
 from nnunet_dp.plans import (
     write_json,
 )
 from nnunet_dp.run import LEDGER
+from nnunet_dp.sections import ConfigurationPlan, PrivacySection
 from nnunet_dp.splits import Splits, check_splits, make_splits
 
 PATIENTS = "patients.csv"

@@ -29,16 +29,7 @@ from nnunet_dp.patients import (
     digest,
 )
 from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds
-from nnunet_dp.planning import (
-    MORPHOLOGY_SHARE,
-    NOT_COVERED,
-    TRAINING_SHARE,
-    ByHand,
-    Compute,
-    ConfigurationPlan,
-    PrivacySection,
-    plan_configuration,
-)
+from nnunet_dp.planning import MORPHOLOGY_SHARE, TRAINING_SHARE, plan_configuration
 from nnunet_dp.plans import (
     SECTION,
     for_one_configuration,
@@ -49,6 +40,7 @@ from nnunet_dp.plans import (
     write_json,
 )
 from nnunet_dp.report import describe
+from nnunet_dp.sections import NOT_COVERED, ByHand, Compute, ConfigurationPlan, PrivacySection
 
 DEFAULT_EPSILON = 8.0
 LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range

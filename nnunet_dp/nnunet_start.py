@@ -35,9 +35,10 @@ from nnunet_dp.nnunet import fast_bfloat16, file_sha256, preprocessed_folder
 from nnunet_dp.nnunet_planning import PlanReport, public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
-from nnunet_dp.planning import TRAINING_SHARE, PublicStart
+from nnunet_dp.planning import TRAINING_SHARE
 from nnunet_dp.plans import SECTION, configuration_plan, read_section, write_json
 from nnunet_dp.public_start import LabelledImage, Phantoms, learn, read_start, start_file, write_start
+from nnunet_dp.sections import PublicStart
 from nnunet_dp.workers import Progress, in_order
 
 Say = Callable[[str], None]

@@ -1,7 +1,7 @@
 """nnU-Net's plans with a ``differential_privacy`` section: reading, shrinking, writing.
 
 A private plan is an ordinary plans file: the same preprocessing (``data_identifier`` unchanged, so nothing is
-preprocessed twice), a smaller network, and one more section (``planning.PrivacySection``). The predictor rebuilds the
+preprocessed twice), a smaller network, and one more section (``sections.PrivacySection``). The predictor rebuilds the
 network from it without knowing about privacy.
 """
 
@@ -15,8 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.planning import ConfigurationPlan, PrivacySection
 from nnunet_dp.replacing import replacing
+from nnunet_dp.sections import ConfigurationPlan, PrivacySection
 
 SECTION = "differential_privacy"
 _PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")

@@ -4,7 +4,7 @@ DP-SGD moves weights through noise whose norm grows with the square root of thei
 little is left to learn. Phantoms are public and free: a network that already segments them, in any pose and contrast
 (``randomisation``), needs a few private steps where one from scratch needs more than the budget allows.
 
-The recipe (``planning.PublicStart``) is a part of the plan; the weights are a file beside the plans, named after a
+The recipe (``sections.PublicStart``) is a part of the plan; the weights are a file beside the plans, named after a
 digest of everything that they depend on, with a JSON beside it that says how they came about and their SHA-256::
 
     nnUNet_preprocessed/DatasetXXX/public_starts/3d_fullres_0123456789ab.pth
@@ -38,10 +38,10 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dp.errors import Refusal
-from nnunet_dp.planning import PublicStart
 from nnunet_dp.plans import write_json
 from nnunet_dp.randomisation import randomise
 from nnunet_dp.replacing import replacing
+from nnunet_dp.sections import PublicStart
 from nnunet_dp.workers import Progress
 
 FOLDER = "public_starts"

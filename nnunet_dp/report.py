@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerEntry, epsilon_of
-from nnunet_dp.planning import MorphologyPlan, PrivacySection, covered
+from nnunet_dp.sections import MorphologyPlan, PrivacySection, covered
 
 _CASE_NOTE = (
     "no patients.csv says whose case each case is, so the unit is one case; a patient with several cases is protected "

@@ -27,9 +27,9 @@ from nnunet_dp.charges import (
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_copy, read_ledger
 from nnunet_dp.morphology import FILE, read_morphology
-from nnunet_dp.planning import NOT_COVERED, PrivacySection, covered
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint
+from nnunet_dp.sections import NOT_COVERED, PrivacySection, covered
 
 
 @dataclass(frozen=True)

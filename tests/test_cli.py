@@ -11,7 +11,7 @@ import pytest
 from nnunet_dp import TRAINER_NAMES, __version__
 from nnunet_dp.cli import main
 from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
-from nnunet_dp.planning import ByHand
+from nnunet_dp.sections import ByHand
 
 PLAN = ["plan", "-d", "4", "-c", "3d_fullres", "--epsilon", "8"]
 

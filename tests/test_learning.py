@@ -44,10 +44,11 @@ from nnunet_dp.morphology import (
 )
 from nnunet_dp.nnunet import configuration_folder, data_digest, find_splits, patients_of_plan
 from nnunet_dp.nnunet_files import SegmentationFiles
-from nnunet_dp.planning import NOT_COVERED, MorphologyPlan, PrivacySection, morphology, plan_configuration
+from nnunet_dp.planning import morphology, plan_configuration
 from nnunet_dp.plans import with_section, write_json
 from nnunet_dp.refined_folder import PICKLE
 from nnunet_dp.run import LATEST, LEDGER, RunFolder, write_checkpoint
+from nnunet_dp.sections import NOT_COVERED, MorphologyPlan, PrivacySection
 from nnunet_dp.splits import fold_slots
 
 DATASET_JSON = {"labels": {"background": 0, "front": 1, "back": 2}, "file_ending": ".nii.gz"}

@@ -15,8 +15,8 @@ from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.nnunet_planning import plan_dataset, public_facts
 from nnunet_dp.nnunet_start import adopt, draw, ensure_start, planned_loss, planned_network, pretrain
 from nnunet_dp.phantoms.matching import PublicFacts
-from nnunet_dp.planning import PublicStart
 from nnunet_dp.public_start import FOLDER
+from nnunet_dp.sections import ByHand, PublicStart
 
 CPU = torch.device("cpu")
 PLANS = "nnUNetPlansDP_eps8"
@@ -48,7 +48,7 @@ def folder(tmp_path, monkeypatch) -> Path:
         monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     made = preprocessed_dataset(tmp_path)
     (made / "nnUNetPlans.json").write_text(json.dumps(small_plans()))
-    plan_dataset("4", "3d_fullres", 8.0, by_hand=planning.ByHand(features_per_stage=(4, 4, 4)))
+    plan_dataset("4", "3d_fullres", 8.0, by_hand=ByHand(features_per_stage=(4, 4, 4)))
     return made
 
 
@@ -110,7 +110,7 @@ def test_the_start_is_made_once_and_found_again(folder):
 def test_budgets_with_the_same_network_share_it_and_another_network_does_not(folder):
     start(folder)
     for epsilon, features in ((3.0, (4, 4, 4)), (1.0, (4, 4, 6))):
-        plan_dataset("4", "3d_fullres", epsilon, by_hand=planning.ByHand(features_per_stage=features))
+        plan_dataset("4", "3d_fullres", epsilon, by_hand=ByHand(features_per_stage=features))
         pretrain("4", "3d_fullres", f"nnUNetPlansDP_eps{epsilon:g}", CPU, 1, iterations=2)
     assert len(list((folder / FOLDER).glob("*.pth"))) == 2
 

@@ -22,15 +22,10 @@ from nnunet_dp.nnunet_planning import count_parameters
 from nnunet_dp.planning import (
     FEWEST_STEPS,
     MORPHOLOGY_SHARE,
-    NOT_COVERED,
     PATCH_LIMIT,
     STEP_LIMIT,
     TRAINING_SHARE,
-    ByHand,
-    MorphologyPlan,
-    PrivacySection,
     clip_rules,
-    covered,
     features,
     morphology,
     parameter_limit,
@@ -41,6 +36,7 @@ from nnunet_dp.planning import (
     stages,
     steps,
 )
+from nnunet_dp.sections import NOT_COVERED, ByHand, MorphologyPlan, PrivacySection, covered
 from nnunet_dp.shape_votes import audible
 
 HALVED_3D = [[1, 1, 1], [2, 2, 2], [2, 2, 2], [2, 2, 2]]

@@ -13,7 +13,7 @@ from ordinary_plans import DATASET_JSON, architecture, ordinary_plans
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.nnunet_planning import count_parameters
-from nnunet_dp.planning import PrivacySection, plan_configuration
+from nnunet_dp.planning import plan_configuration
 from nnunet_dp.plans import (
     configuration_plan,
     for_one_configuration,
@@ -24,6 +24,7 @@ from nnunet_dp.plans import (
     without_patients_digest,
     write_json,
 )
+from nnunet_dp.sections import PrivacySection
 
 KINDS = ["PlainConvUNet", "ResidualEncoderUNet"]
 

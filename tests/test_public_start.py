@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional
 
 from nnunet_dp.errors import Refusal
-from nnunet_dp.planning import PublicStart
 from nnunet_dp.public_start import LabelledImage, Phantoms, crop, learn, read_start, start_file, write_start
+from nnunet_dp.sections import PublicStart
 
 RECIPE = PublicStart(kinds=("shapes",), images=4, iterations=60, batch=4, learning_rate=1e-2, seed=3)
 

@@ -16,9 +16,10 @@ from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger, TornLineWarning, read_ledger
 from nnunet_dp.mechanisms import SubsampledGaussian
 from nnunet_dp.morphology import FILE, ClassRefinement, Morphology, write_morphology
-from nnunet_dp.planning import NOT_COVERED, PrivacySection, plan_configuration
+from nnunet_dp.planning import plan_configuration
 from nnunet_dp.plans import with_section, write_json
 from nnunet_dp.run import FINAL, LATEST, LEDGER, write_checkpoint
+from nnunet_dp.sections import NOT_COVERED, PrivacySection
 from nnunet_dp.status import read_status
 
 BUDGET = PrivacyBudget(epsilon=8, delta=1e-4, unit="patient (inferred)")
