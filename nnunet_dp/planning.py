@@ -12,14 +12,17 @@ Gaussian-DP parameter that the budget buys. So
 - few steps: noise accumulates as T while distance to travel is fixed; T follows mu N / sqrt(d) (``steps``);
 - near-full batch: r does not depend on q as long as sigma stays near 1 or above, so q = 1 unless the number of patches
   to process would pass a public limit (``sampling_probability``);
+- a public start: what phantoms teach need not be learnt through noise (``public_start``), and few steps remain;
 - normalised gradients carry no information in their length late in training: no momentum, and a weight average over the
   last steps instead of a long tail at a small learning rate;
 - what refinement learns from the masks (``shape_votes``) is one full-batch Gaussian beside the training. Its share of
   the budget is a share of mu^2, in which full-batch Gaussians add (``morphology``); the training's noise is calibrated
   with it, so that both together cost the target.
 
-Design note: steps, learning rates, width and depth were set to reproduce a prototype's schedules for Hippocampus, which
-had been judged on that dataset's held-out cases. Its figure in docs/results.md is therefore not free of that choice.
+Design note: from random weights, steps, learning rates, width and depth were set to reproduce a prototype's schedules
+for Hippocampus, which had been judged on that dataset's held-out cases. Its figure in docs/results.md is therefore not
+free of that choice. Steps and learning rates after a public start were chosen on phantoms (docs/accuracy.md); width and
+depth are the same.
 """
 
 from __future__ import annotations
