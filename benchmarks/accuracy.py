@@ -95,31 +95,38 @@ class Row:
 
     def judge(self, model: Path) -> dict[str, list[float]]:
         """Dice of each class on each held-out case."""
-        images, predictions = self._images(model), self.options.work / model.name
+        images, references = self._held_out_images(model)
+        predictions = self.options.work / (f"test_{model.name}" if self.options.test else model.name)
         ending, o = self.dataset_json["file_ending"], self.options
         if len(list(predictions.glob(f"*{ending}"))) < len(self.held_out):
             fixed = ("-f", 0, "-device", o.device, "-npp", 1, "-nps", 1)
             shell("nnUNetv2_predict_from_modelfolder", "-i", images, "-o", predictions, "-m", model, *fixed)
-        summary, references = predictions / "summary.json", self.folder / "gt_segmentations"
+        summary = predictions / "summary.json"
         files = ("-djfile", model / "dataset.json", "-pfile", model / "plans.json")
         shell("nnUNetv2_evaluate_folder", references, predictions, *files, "-o", summary, "-np", 2, "--chill")
         found = json.loads(summary.read_text())["metric_per_case"]
         name = lambda case: Path(case["prediction_file"]).name[: -len(ending)]  # noqa: E731
         return {name(case): [m["Dice"] for m in case["metrics"].values()] for case in found}
 
-    def _images(self, model: Path) -> Path:
-        plans = json.loads((model / "plans.json").read_text())
-        section = read_section(plans)
+    def _held_out_images(self, model: Path) -> tuple[Path, Path]:
+        """Folders of the held-out images and of their references: the fold's validation cases, or the test set."""
+        section = read_section(json.loads((model / "plans.json").read_text()))
         assert section is not None
+        raw, ending = Path(os.environ["nnUNet_raw"]) / self.folder.name, self.dataset_json["file_ending"]
         self.patients = patients_of_plan(self.folder, section)
+        self.unit_of_case = dict(self.patients.case_to_patient)
+        if self.options.test:
+            names = [file.name[: -len(ending)] for file in (raw / "labelsTs").glob(f"*{ending}")]
+            self.held_out, self.unit_of_case = sorted(names), {name: name for name in names}
+            return raw / "imagesTs", raw / "labelsTs"
         _, self.held_out = fold_slots(find_splits(self.folder, self.patients), 0, self.patients)
         images = self.options.work / f"held_out_{self.folder.name}"
         images.mkdir(parents=True, exist_ok=True)
         for case in self.held_out:
-            for file in (Path(os.environ["nnUNet_raw"]) / self.folder.name / "imagesTr").glob(f"{case}_*"):
+            for file in (raw / "imagesTr").glob(f"{case}_*"):
                 if not (images / file.name).exists():
                     (images / file.name).symlink_to(file.resolve())
-        return images
+        return images, self.folder / "gt_segmentations"
 
 
 def print_error(text: str) -> None:
@@ -129,7 +136,7 @@ def print_error(text: str) -> None:
 def difference(row: Row, mine: list[dict[str, list[float]]], theirs: dict[str, list[float]]) -> list[float]:
     """Mean Dice over that of the public start, and its 95 % interval over units; repeats are averaged per case."""
     cases = sorted(theirs)
-    whose = row.patients.case_to_patient
+    whose = row.unit_of_case
     ours = np.mean([[dice[case] for case in cases] for dice in mine], axis=0)
     values = np.stack([ours, np.array([theirs[case] for case in cases])])[..., None]
     found = paired_bootstrap(values, [whose[case] for case in cases], DRAWS, seed=0)[2]
@@ -148,7 +155,7 @@ def measured(row: Row) -> dict[str, Any]:
         dice.append(row.judge(model))
         spent.append(read_status(model / "fold_0").as_dict() if o.epsilon else None)
     means = [float(np.nanmean(np.nanmean(list(each.values()), axis=0))) for each in dice]
-    start = o.work / f"start_{row.folder.name}_{o.plans}.json"
+    start = o.work / f"start_{row.folder.name}_{o.plans}{'_test' if o.test else ''}.json"
     if not o.epsilon:
         start.write_text(json.dumps(dice[0]))
     known = spent[0] or {}
@@ -175,6 +182,7 @@ def command(o: argparse.Namespace) -> str:
     """What to type for the same row; folders and machine are left to whoever types it."""
     words = ["python", "benchmarks/accuracy.py", "-d", o.dataset, "-c", o.configuration, "--epsilon", f"{o.epsilon:g}"]
     words += ["--delta", f"{o.delta:g}", "-p", o.plans, "--repeats", str(o.repeats)]
+    words += ["--test"] if o.test else []
     words += ["--recipe", o.recipe, "--plan", o.plan] if o.recipe != "default" else []
     return shlex.join([*words, "--trainer", o.trainer])
 
@@ -194,6 +202,7 @@ def main() -> None:
     parser.add_argument("--epsilon", type=float, required=True, help="0: the public start alone")
     parser.add_argument("--delta", type=float, required=True)
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="plans to start from")
+    parser.add_argument("--test", action="store_true", help="judge on imagesTs, not on the fold's validation cases")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--plan", default="", help="further options of nnunet-dp plan")
