@@ -82,7 +82,7 @@ class Row:
     def start_alone(self, plans: str) -> Path:
         """A model folder whose weights are the public start: what is known without any private data."""
         o = self.options
-        model = model_folder(o.dataset, o.trainer, f"{plans}_start", o.configuration)
+        model = o.work / f"{self.folder.name}_{plans}_start__{o.configuration}"  # in results it would look like a run
         content = json.loads((self.folder / f"{plans}.json").read_text())
         device = torch.device(o.device)
         weights, _ = ensure_start(content, o.configuration, self.dataset_json, self.folder, device, 2, print_error)
@@ -167,6 +167,7 @@ def measured(row: Row) -> dict[str, Any]:
         "unit": known.get("unit", row.patients.unit),
         "recipe": o.recipe,
         "trainer": o.trainer,
+        "held_out": "test set" if o.test else "validation cases of fold 0",
         "dice_mean": round(float(np.mean(means)), 4),
         "dice_std": round(float(np.std(means, ddof=1)), 4) if len(means) > 1 else None,
         "dice_of_each": [round(mean, 4) for mean in means],
@@ -190,7 +191,7 @@ def command(o: argparse.Namespace) -> str:
 def add(row: dict[str, Any], file: Path) -> None:
     """Put the row into the table in place of an older one of the same kind."""
     rows = json.loads(file.read_text()) if file.is_file() else []
-    key = ("dataset", "epsilon_target", "recipe", "trainer")
+    key = ("dataset", "epsilon_target", "delta", "recipe", "trainer", "held_out")
     rows = [other for other in rows if [other[k] for k in key] != [row[k] for k in key]]
     file.write_text(json.dumps([*rows, row], indent=1) + "\n")
 

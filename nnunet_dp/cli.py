@@ -278,7 +278,10 @@ def plan_command(
     if not as_json:
         from nnunet_dp.nnunet_start import forecast
 
-        typer.echo(f"On this machine: {forecast(report)}")
+        try:
+            typer.echo(f"On this machine: {forecast(report)}")
+        except RuntimeError as error:  # a card that is full, say: the plan is written all the same
+            typer.echo(f"On this machine: not measured ({type(error).__name__})")
         typer.echo("Written." if report.changed else "Nothing changed: this plan was there already.")
         typer.echo(f"Next: {_train_command(dataset, configuration, report.plans_name)}")
 

@@ -40,7 +40,7 @@ from nnunet_dp.plans import (
     write_json,
 )
 from nnunet_dp.run import LEDGER
-from nnunet_dp.sections import ConfigurationPlan, PrivacySection
+from nnunet_dp.sections import ConfigurationPlan, PrivacySection, as_first_written
 from nnunet_dp.splits import Splits, check_splits, make_splits
 
 PATIENTS = "patients.csv"
@@ -342,9 +342,7 @@ def data_digest(folder: Path, slots: Mapping[str, tuple[str, ...]], plan: Config
     sizes = {file.name: file.stat().st_size for file in sorted(folder.iterdir()) if file.is_file()}
     mine = {case for cases in slots.values() for case in cases}
     files = {name: size for name, size in sizes.items() if name.rsplit(".", 1)[0].removesuffix("_seg") in mine}
-    later = {"start": None, "by_hand": []}  # fields that plans gained after the first runs: absent where empty
-    planned = {key: value for key, value in plan.model_dump(mode="json").items() if later.get(key, ...) != value}
-    content = [planned, {k: list(v) for k, v in slots.items()}, files]
+    content = [as_first_written(plan.model_dump(mode="json")), {k: list(v) for k, v in slots.items()}, files]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

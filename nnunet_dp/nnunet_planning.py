@@ -28,7 +28,7 @@ from nnunet_dp.patients import (
     Patients,
     digest,
 )
-from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds
+from nnunet_dp.phantoms.matching import SHAPES, PublicFacts, matching_kinds
 from nnunet_dp.planning import MORPHOLOGY_SHARE, TRAINING_SHARE, plan_configuration
 from nnunet_dp.plans import (
     SECTION,
@@ -80,11 +80,11 @@ class PlanReport:
     def lines(self) -> list[tuple[str, str]]:
         """Label and value, for a table."""
         expected, gains = self.outlook, self.attacker_gains()
-        attacker = "; ".join(f"{rate:.1%} at {alpha:.0%} false positives" for alpha, rate in gains.items())
+        attacker = "; ".join(f"at most {rate:.1%} at {alpha:.0%} false positives" for alpha, rate in gains.items())
         return [
             ("plans", self.plans_name),
             *describe(self.section, self.configuration, None),
-            ("attacker", f"tells whether a {self.section.budget.unit} took part, at most: {attacker}"),
+            ("attacker", f"tells from this training alone whether a {self.section.budget.unit} took part: {attacker}"),
             ("verdict", f"{expected.verdict}: {expected.reason}; {expected.next_step}"),
         ]
 
@@ -104,7 +104,8 @@ class PlanReport:
         """What to expect of a fold with the usual share of the patients."""
         plan = self.section.configurations[self.configuration]
         patients = int(TRAINING_SHARE * self.section.patients)
-        return outlook(self.section.budget, patients, plan.network.parameters, plan.start is not None)
+        resembles = plan.start is not None and plan.start.kinds != (SHAPES,)
+        return outlook(self.section.budget, patients, plan.network.parameters, resembles)
 
 
 def plan_dataset(

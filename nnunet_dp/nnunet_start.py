@@ -31,17 +31,18 @@ from torch.nn import functional
 from nnunet_dp import randomisation
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.forecast import measure
-from nnunet_dp.nnunet import fast_bfloat16, file_sha256, preprocessed_folder
+from nnunet_dp.nnunet import fast_bfloat16, file_sha256, model_folder, preprocessed_folder
 from nnunet_dp.nnunet_planning import PlanReport, public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
 from nnunet_dp.planning import TRAINING_SHARE
 from nnunet_dp.plans import SECTION, configuration_plan, read_section, write_json
-from nnunet_dp.public_start import LabelledImage, Phantoms, learn, read_start, start_file, write_start
+from nnunet_dp.public_start import LabelledImage, Phantoms, learn, only_one, read_start, start_file, write_start
 from nnunet_dp.sections import PublicStart
 from nnunet_dp.workers import Progress, in_order
 
 Say = Callable[[str], None]
+LEAST_ADOPTED = 0.1  # share of the parameters that a public checkpoint should give
 
 
 def ensure_start(
@@ -80,12 +81,16 @@ def ensure_start(
     assert recipe is not None
     facts = _facts(plans, configuration, dataset_json, recipe)
     file = start_file(folder, configuration, facts)
-    if not file.is_file():
-        say(f"making the public start once: {recipe.describe()}")
-        _refuse_other_weights(recipe, public_weights)
-        weights = _learn(plans, configuration, dataset_json, recipe, device, processes, progress, public_weights)
-        write_start(file, weights, {**facts, "torch": torch.__version__, "nnunet_dp": version("nnunet_dp")})
-    weights, provenance = read_start(file)
+    told = {key: value for key, value in facts.items() if key != "intensities_sha256"}  # would confirm a guess
+    with contextlib.nullcontext() if file.is_file() else only_one(file):
+        if not file.is_file():
+            say(f"making the public start once: {recipe.describe()}")
+            _refuse_other_weights(recipe, public_weights)
+            weights = _learn(plans, configuration, dataset_json, recipe, device, processes, progress, public_weights)
+            made_by = {"torch": torch.__version__, "nnunet_dp": version("nnunet_dp")}
+            declared = {"declared": "no patient overlaps with the public weights' data"} if public_weights else {}
+            write_start(file, weights, {**told, **made_by, **declared})
+    weights, provenance = read_start(file, told)
     say(f"public start {file.name} (no private data): {recipe.describe()}")
     return weights, provenance
 
@@ -129,14 +134,25 @@ def pretrain(
     for kind in changes.get("kinds", ()):
         find_kind(kind, facts)
     if changes:
+        _refuse_trained(dataset, plans_name, configuration)
         recipe = PublicStart.model_validate({**recipe.model_dump(), **changes})
         plans[SECTION]["configurations"][configuration]["start"] = recipe.model_dump(mode="json")
-        write_json(plans, file)
+    if public_weights is not None:
+        adopt(planned_network(plans, configuration, dataset_json), public_weights)  # refuse before anything is made
     _, provenance = ensure_start(
         plans, configuration, dataset_json, folder, device, processes, progress=progress, public_weights=public_weights
     )
+    if changes:
+        write_json(plans, file)
     made = start_file(folder, configuration, _facts(plans, configuration, dataset_json, recipe))
     return StartReport(made, provenance)
+
+
+def _refuse_trained(dataset: str, plans_name: str, configuration: str) -> None:
+    """A model that was begun with the old recipe could not go on with the new one."""
+    anywhere = model_folder(dataset, "ANY", plans_name, configuration)
+    if any(anywhere.parent.glob(anywhere.name.replace("ANY", "*") + "/fold_*")):
+        raise UsageRefusal(f"models were trained with {plans_name} already: plan under another name (-o) first")
 
 
 @dataclass(frozen=True)
@@ -217,7 +233,8 @@ def adopt(network: nn.Module, checkpoint: Path) -> float:
     """Take over what fits from an nnU-Net checkpoint on public data.
 
     The rule: tensors with the same name and the same shape are taken, all others stay as they were initialised. So a
-    network of another width gives nothing, one of another depth its outer stages, other classes all but the outputs.
+    network of another width gives next to nothing, one of another depth its outer encoder stages, other classes all but
+    the outputs.
 
     Args:
         network: changed in place.
@@ -227,15 +244,20 @@ def adopt(network: nn.Module, checkpoint: Path) -> float:
         Share of the network's parameters that was taken.
 
     Raises:
-        UsageRefusal: when nothing fits.
+        UsageRefusal: when less than a tenth fits.
     """
-    theirs = torch.load(checkpoint, map_location="cpu", weights_only=False)["network_weights"]
+    loaded = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    theirs = loaded.get("network_weights", {}) if isinstance(loaded, dict) else {}
     own = network.state_dict()
     fitting = {name: theirs[name] for name in own if name in theirs and theirs[name].shape == own[name].shape}
-    if not fitting:
-        raise UsageRefusal(f"nothing in {checkpoint.name} has the names and shapes of the planned network's tensors")
+    share = sum(own[name].numel() for name in fitting) / sum(tensor.numel() for tensor in own.values())
+    if share < LEAST_ADOPTED:
+        raise UsageRefusal(
+            f"{checkpoint.name} should hold at least {LEAST_ADOPTED:.0%} of the planned network's parameters under the "
+            f"same names and shapes, found {share:.1%}: plan its width (--set features_per_stage=...), or leave it out"
+        )
     network.load_state_dict({**own, **fitting})
-    return sum(own[name].numel() for name in fitting) / sum(tensor.numel() for tensor in own.values())
+    return share
 
 
 def forecast(report: PlanReport) -> str:
@@ -279,7 +301,7 @@ def planned_loss(
 
     def loss(outputs: Any, target: Tensor) -> Tensor:
         outputs = [output.float() for output in outputs]
-        weights = np.array([0.5**level for level in range(len(outputs) - 1)] + [0.0])
+        weights = np.array([0.5**level for level in range(len(outputs) - 1)] + [0.0 if len(outputs) > 1 else 1.0])
         targets = [_target(target, output.shape[2:], regions) for output in outputs]
         return DeepSupervisionWrapper(single, weights / weights.sum())(outputs, targets)
 

@@ -7,7 +7,7 @@ T (in units of learning rate and clipping bound). So
     signal to noise = mu N / sqrt(d),
 
 whatever the number of steps. Noise in directions that the loss does not feel is harmless, so a number far below 1 can
-be good; what it means was read off phantoms (docs/accuracy.md) and is the same for all datasets.
+be good. The limits are judgements from a few phantom and prototype runs (docs/accuracy.md), not measured thresholds.
 
 >>> outlook(PrivacyBudget(epsilon=8, delta=1e-5), patients=136, parameters=340_000, start=True).verdict
 'comfortable'
@@ -51,7 +51,7 @@ def outlook(budget: PrivacyBudget, patients: int, parameters: int, start: bool) 
         budget: target.
         patients: that train in one run.
         parameters: trainable ones.
-        start: whether the network begins from a public start.
+        start: whether the network begins from phantoms that resemble the dataset.
     """
     signal = signal_to_noise(budget, patients, parameters)
     scaled = signal * (START_GAIN if start else 1)

@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.replacing import replacing
-from nnunet_dp.sections import ConfigurationPlan, PrivacySection
+from nnunet_dp.sections import ConfigurationPlan, PrivacySection, as_first_written
 
 SECTION = "differential_privacy"
 _PER_STAGE = ("features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage")
@@ -87,7 +87,8 @@ def for_one_configuration(plans: dict[str, Any], configuration: str) -> dict[str
     one = copy.deepcopy(plans)
     one["configurations"] = {configuration: one["configurations"][configuration]}
     if SECTION in one:
-        one[SECTION]["configurations"] = {configuration: one[SECTION]["configurations"].get(configuration)}
+        planned = one[SECTION]["configurations"].get(configuration)
+        one[SECTION]["configurations"] = {configuration: as_first_written(planned) if planned else planned}
     return json.loads(json.dumps(without_patients_digest(one)))
 
 

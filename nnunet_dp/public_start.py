@@ -5,7 +5,8 @@ little is left to learn. Phantoms are public and free: a network that already se
 (``randomisation``), needs a few private steps where one from scratch needs more than the budget allows.
 
 The recipe (``sections.PublicStart``) is a part of the plan; the weights are a file beside the plans, named after a
-digest of everything that they depend on, with a JSON beside it that says how they came about and their SHA-256::
+digest of recipe, network, preprocessing and the phantoms' code, with a JSON beside it that says how they came about and
+their SHA-256::
 
     nnUNet_preprocessed/DatasetXXX/public_starts/3d_fullres_0123456789ab.pth
                                                  3d_fullres_0123456789ab.json
@@ -14,8 +15,9 @@ The first training that needs it makes it (or ``nnunet-dp pretrain``, beforehand
 the same network share it.
 
 Formal guarantee:
-    The weights are a function of random numbers, of the plans and of the phantoms' code: no private image or label is
-    read here. A file whose SHA-256 is not the recorded one is refused.
+    The weights are a function of random numbers, of the plans, of the phantoms' code and, where the recipe names one,
+    of a checkpoint that was declared public: no private image or label is read here. A file whose SHA-256 or recipe is
+    not the recorded and planned one is refused.
 
 Reference: Tang et al. 2023, "Differentially private image classification by learning priors from random processes",
 arXiv:2306.06076 (pre-training on synthetic images costs no privacy).
@@ -24,11 +26,12 @@ arXiv:2306.06076 (pre-training on synthetic images costs no privacy).
 from __future__ import annotations
 
 import copy
+import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,7 @@ from nnunet_dp.sections import PublicStart
 from nnunet_dp.workers import Progress
 
 FOLDER = "public_starts"
-PROVENANCE = "public_start.json"  # in the model folder
+PROVENANCE = "public_start.json"  # in the fold's folder
 WARM_UP = 50  # iterations
 WEIGHT_DECAY = 0.01
 LARGEST_NORM = 1.0
@@ -198,27 +201,48 @@ def start_file(folder: Path, configuration: str, facts: Mapping[str, Any]) -> Pa
     return folder / FOLDER / f"{configuration}_{digest[:12]}.pth"
 
 
+@contextmanager
+def only_one(file: Path) -> Iterator[None]:
+    """Whoever comes second waits until the first has made the file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def write_start(file: Path, weights: Mapping[str, Tensor], provenance: Mapping[str, Any]) -> None:
-    """Weights in nnU-Net's form of a checkpoint, and beside them how they came about."""
+    """How the weights came about, then the weights in nnU-Net's form of a checkpoint: a crash between leaves no start.
+
+    Raises:
+        Refusal: for weights that are not finite: every private step from them would be wasted.
+    """
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        raise Refusal("the public start did not converge (its weights are not finite): plan with --no-start")
     file.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save({"network_weights": dict(weights)}, buffer)
-    with replacing(file) as stream:
-        stream.write(buffer.getvalue())
     sha256 = hashlib.sha256(buffer.getvalue()).hexdigest()
     write_json({**provenance, "sha256": sha256}, file.with_suffix(".json"))
+    with replacing(file) as stream:
+        stream.write(buffer.getvalue())
 
 
-def read_start(file: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_start(file: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The weights and their provenance.
 
+    Args:
+        file: of the weights.
+        facts: what the plan says about them; all of it must stand in the provenance.
+
     Raises:
-        Refusal: when the file is not the one its provenance describes.
+        Refusal: when the file is not the one its provenance describes, or not the one of this plan.
     """
     beside = file.with_suffix(".json")
     content = file.read_bytes()
     provenance = json.loads(beside.read_text()) if beside.is_file() else {}
-    if provenance.get("sha256") != hashlib.sha256(content).hexdigest():
+    planned = json.loads(json.dumps(dict(facts)))
+    other = any(provenance.get(key) != value for key, value in planned.items())
+    if other or provenance.get("sha256") != hashlib.sha256(content).hexdigest():
         raise Refusal(
             f"{file.name} is not the public start that {beside.name} describes: delete both, and it is made again"
         )

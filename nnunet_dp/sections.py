@@ -6,10 +6,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget
 from nnunet_dp.clipping import ClipRule, make_rule
@@ -76,7 +76,9 @@ class PublicStart(_Frozen):
 
     def describe(self) -> str:
         """For people."""
-        return f"{self.iterations} iterations of {self.batch} on {self.images} phantoms ({', '.join(self.kinds)})"
+        begun = f" from public weights {self.public_weights_sha256[:12]}" if self.public_weights_sha256 else ""
+        kinds = ", ".join(self.kinds)
+        return f"{self.iterations} iterations of {self.batch} on {self.images} phantoms ({kinds}){begun}"
 
 
 class ConfigurationPlan(_Frozen):
@@ -128,15 +130,15 @@ class ByHand(_Frozen):
     ('features_per_stage', 'steps')
     """
 
-    features_per_stage: tuple[int, ...] | None = Field(default=None, min_length=3)
+    features_per_stage: tuple[PositiveInt, ...] | None = Field(default=None, min_length=3)
     steps: int | None = Field(default=None, gt=0, le=100_000)
     sampling_probability: float | None = Field(default=None, gt=0, le=1)
     patches_per_patient: int | None = Field(default=None, gt=0, le=64)
     augmentation: Literal["none", "nnunet"] | None = None
-    learning_rate: float | None = Field(default=None, gt=0)
+    learning_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     average_share: float | None = Field(default=None, gt=0, le=1)
     momentum: float | None = Field(default=None, ge=0, lt=1)
-    decay_power: float | None = Field(default=None, ge=0)
+    decay_power: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
     @classmethod
     def parse(cls, settings: Sequence[str]) -> ByHand:
@@ -167,6 +169,14 @@ class ByHand(_Frozen):
         """The user's value, or the rule's."""
         mine = getattr(self, name)
         return ruled if mine is None else mine
+
+
+_LATER: dict[str, Any] = {"start": None, "by_hand": []}  # fields that plans gained after the first runs
+
+
+def as_first_written(plan: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's plan as JSON without the later fields that are empty: so runs from before are still known."""
+    return {key: value for key, value in plan.items() if _LATER.get(key, ...) != value}
 
 
 class PrivacySection(_Frozen):

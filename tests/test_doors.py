@@ -90,7 +90,7 @@ def test_a_training_makes_its_public_start_once_and_records_it(tmp_path):
     made.unlink()
     console = model.train()
     assert "making the public start once" in console and "3 iterations" in console and "SET BY HAND" in console
-    recorded = json.loads((model.folder / "public_start.json").read_text())
+    recorded = json.loads((model.fold_folder / "public_start.json").read_text())
     assert recorded["sha256"] == hashlib.sha256(made.read_bytes()).hexdigest()
     assert recorded["recipe"]["kinds"] == ["lesion"] and model.status()["steps_done"] == 2
     assert "making" not in Model(place, model.trainer, model.plans, "1").train()

@@ -173,6 +173,21 @@ def test_a_checkpoint_that_fits_nothing_is_refused(tmp_path):
         adopt(torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3)), tmp_path / "public.pth")
 
 
+def test_a_foreign_file_is_refused_before_the_plan_is_touched(folder, tmp_path):
+    torch.save({"weights": {}}, tmp_path / "foreign.pth")
+    before = (folder / f"{PLANS}.json").read_bytes()
+    with pytest.raises(UsageRefusal, match="at least 10%"):
+        start(folder, public_weights=tmp_path / "foreign.pth")
+    assert (folder / f"{PLANS}.json").read_bytes() == before
+
+
+def test_a_plan_that_models_were_trained_with_keeps_its_recipe(folder):
+    fold = folder.parents[1] / "results" / folder.name / f"nnUNetTrainerDP__{PLANS}__3d_fullres" / "fold_0"
+    fold.mkdir(parents=True)
+    with pytest.raises(UsageRefusal, match="trained with"):
+        start(folder)
+
+
 def test_a_start_from_public_data_needs_its_checkpoint_until_it_is_made(folder, tmp_path):
     plans = json.loads((folder / f"{PLANS}.json").read_text())
     file = tmp_path / "public.pth"
@@ -209,3 +224,4 @@ def test_the_loss_falls_when_outputs_are_right(regions):
         right = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float() * 20 - 10
     coarse = torch.zeros(1, right.shape[1], 4, 4, 4)
     assert float(loss([right, coarse], labels)) < -0.9 < float(loss([-right, coarse], labels))
+    assert float(loss([right], labels)) < -0.9  # a network of two stages has one output

@@ -1,6 +1,7 @@
 """The public start: it learns, is found again, and is refused when somebody touched it."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,16 @@ from torch import nn
 from torch.nn import functional
 
 from nnunet_dp.errors import Refusal
-from nnunet_dp.public_start import LabelledImage, Phantoms, crop, learn, read_start, start_file, write_start
+from nnunet_dp.public_start import (
+    LabelledImage,
+    Phantoms,
+    crop,
+    learn,
+    only_one,
+    read_start,
+    start_file,
+    write_start,
+)
 from nnunet_dp.sections import PublicStart
 
 RECIPE = PublicStart(kinds=("shapes",), images=4, iterations=60, batch=4, learning_rate=1e-2, seed=3)
@@ -93,7 +103,7 @@ def test_what_is_written_is_read_again_with_its_provenance(tmp_path):
     file = tmp_path / "public_starts" / "2d_1.pth"
     weights = {"w": torch.arange(3.0)}
     write_start(file, weights, {"recipe": {"kinds": ["shapes"]}})
-    found, provenance = read_start(file)
+    found, provenance = read_start(file, {"recipe": {"kinds": ("shapes",)}})
     assert torch.equal(found["w"], weights["w"]) and provenance["recipe"] == {"kinds": ["shapes"]}
 
 
@@ -108,4 +118,34 @@ def test_a_start_that_somebody_touched_is_refused(tmp_path, touch):
     else:
         file.with_suffix(".json").unlink()
     with pytest.raises(Refusal, match="delete both"):
-        read_start(file)
+        read_start(file, {})
+
+
+def test_a_start_by_another_recipe_is_refused_under_the_planned_name(tmp_path):
+    """A start from an undeclared checkpoint, renamed to the name that the plan expects."""
+    file = tmp_path / "2d_1.pth"
+    write_start(file, {"w": torch.zeros(2)}, {"recipe": {"public_weights_sha256": "undeclared"}})
+    with pytest.raises(Refusal, match="delete both"):
+        read_start(file, {"recipe": {"public_weights_sha256": None}})
+
+
+def test_weights_that_are_not_finite_are_never_written(tmp_path):
+    with pytest.raises(Refusal, match="not finite"):
+        write_start(tmp_path / "2d_1.pth", {"w": torch.tensor([1.0, float("nan")])}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_whoever_comes_second_waits_for_the_first(tmp_path):
+    file, order = tmp_path / "starts" / "2d_1.pth", []
+
+    def second() -> None:
+        with only_one(file):
+            order.append("second")
+
+    with only_one(file):
+        waiting = threading.Thread(target=second)
+        waiting.start()
+        waiting.join(0.3)
+        order.append("first")
+    waiting.join(5)
+    assert order == ["first", "second"]

@@ -276,6 +276,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         cases = {case for cases in slots.values() for case in cases} | set(validation)
         nnunet.refuse_missing(self.dataset_class, Path(self.preprocessed_dataset_folder), cases)
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
+        self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots)).verify()
         self._begin_from_public_start()
         self._start(run, slots)
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
@@ -296,7 +297,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         )  # fmt: skip
         network = self._module()
         (network.network if self.in_network else network).load_state_dict(weights)
-        save_json(provenance, str(Path(self.output_folder_base) / PROVENANCE), sort_keys=False)
+        save_json(provenance, str(Path(self.output_folder) / PROVENANCE), sort_keys=False)
 
     def _start(self, run, slots):
         plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
