@@ -184,7 +184,8 @@ def command(o: argparse.Namespace) -> str:
     words = ["python", "benchmarks/accuracy.py", "-d", o.dataset, "-c", o.configuration, "--epsilon", f"{o.epsilon:g}"]
     words += ["--delta", f"{o.delta:g}", "-p", o.plans, "--repeats", str(o.repeats)]
     words += ["--test"] if o.test else []
-    words += ["--recipe", o.recipe, "--plan", o.plan] if o.recipe != "default" else []
+    words += ["--recipe", o.recipe] if o.recipe != "default" else []
+    words += [f"--plan={o.plan}"] if o.plan else []
     return shlex.join([*words, "--trainer", o.trainer])
 
 
