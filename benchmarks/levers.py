@@ -27,9 +27,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import Tensor, nn
 
+from nnunet_dp import nnunet
 from nnunet_dp.accounting import PrivacyBudget, gaussian_mu
 from nnunet_dp.gradients import trainable
-from nnunet_dp.nnunet import fast_bfloat16
 from nnunet_dp.nnunet_start import planned_loss
 from nnunet_dp.phantoms import Patient, hippocampus
 from nnunet_dp.planning import MORPHOLOGY_SHARE, learning_rate, signal_to_noise, steps
@@ -132,7 +132,7 @@ def dice(model: nn.Module, held_out: list[list[LabelledImage]]) -> float:
     return float(np.mean(found))
 
 
-autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=fast_bfloat16(torch.device("cpu")))
+autocast = partial(nnunet.autocast, torch.device("cpu"))
 
 
 def private_training(model: nn.Module, pool, epsilon: float, chosen: Settings, options, seed: int) -> nn.Module:

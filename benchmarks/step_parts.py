@@ -15,6 +15,7 @@ import json
 import statistics
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,12 +24,12 @@ from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
+from nnunet_dp import nnunet
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.clipping import make_rule
 from nnunet_dp.dpsgd import Execution, PrivacyPlan, PrivateTraining, Schedule
 from nnunet_dp.gradients import Record
 from nnunet_dp.ledger import Ledger
-from nnunet_dp.nnunet import fast_bfloat16
 
 PATCH = (40, 56, 40)
 
@@ -90,9 +91,7 @@ def timed(function, repeats):
 def measure(patients: int, repeats: int) -> dict[str, float | str]:
     device = torch.device("cpu")
     net, criterion, batch = network(), loss(), records(patients)
-
-    def autocast():
-        return torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16(device))
+    autocast = partial(nnunet.autocast, device)
 
     with tempfile.TemporaryDirectory() as folder:
         budget = PrivacyBudget(epsilon=8, delta=1e-4)
@@ -104,7 +103,7 @@ def measure(patients: int, repeats: int) -> dict[str, float | str]:
         empty = timed(lambda: training.advance(lambda step, drawn: []), repeats)
     return {
         "patients": patients,
-        "precision": "bfloat16" if fast_bfloat16(device) else "float32",
+        "precision": "bfloat16" if nnunet.fast_bfloat16(device) else "float32",
         "plain_seconds_per_patch": plain / patients,
         "private_seconds_per_patch": private / patients,
         "ratio_time": private / plain,

@@ -39,7 +39,7 @@ import typer
 
 from nnunet_dp import TRAINER_NAMES, __version__
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.workers import Progress
+from nnunet_dp.workers import Progress, is_tenth
 
 _WORKFLOW = """Patient-level differentially private training for nnU-Net v2.
 
@@ -584,7 +584,7 @@ def _show_curve(reports: list[Any], as_json: bool) -> None:
     from nnunet_dp.report import curve_lines, plot_curve
 
     drawing = reports[0].file.with_name(f"plan_curve_{reports[0].configuration}.png")
-    rows = [{"epsilon": report.section.budget.epsilon, **report.as_dict()} for report in reports]
+    rows = [report.as_dict() for report in reports]
     plot_curve(rows, drawing)
     if as_json:
         typer.echo(json.dumps({"budgets": rows, "drawing": str(drawing)}, indent=2))
@@ -627,6 +627,5 @@ def _progress(title: str) -> Iterator[Progress]:
 
 
 def _plain_line(title: str, done: int, total: int) -> None:
-    tenth = max(-(-total // 10), 1)
-    if done % tenth == 0 or done == total:
+    if is_tenth(done, total):
         typer.echo(f"{title}: {done} of {total}", err=True)

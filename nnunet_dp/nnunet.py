@@ -36,9 +36,7 @@ from nnunet_dp.patients import (
     read_patients,
     write_canonical,
 )
-from nnunet_dp.plans import (
-    write_json,
-)
+from nnunet_dp.plans import json_sha256, write_json
 from nnunet_dp.run import LEDGER
 from nnunet_dp.sections import ConfigurationPlan, PrivacySection, as_first_written
 from nnunet_dp.splits import Splits, check_splits, make_splits
@@ -343,7 +341,7 @@ def data_digest(folder: Path, slots: Mapping[str, tuple[str, ...]], plan: Config
     mine = {case for cases in slots.values() for case in cases}
     files = {name: size for name, size in sizes.items() if name.rsplit(".", 1)[0].removesuffix("_seg") in mine}
     content = [as_first_written(plan.model_dump(mode="json")), {k: list(v) for k, v in slots.items()}, files]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256(content)
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -351,6 +349,11 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device is fast at it; never float16, whose scaler skips steps on un-noised infinities."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 _PUBLIC_IN_DATASET_JSON = (

@@ -17,6 +17,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import nn
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.attacker import true_positive_rate
@@ -24,10 +25,7 @@ from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.morphology import classes_from
 from nnunet_dp.nnunet import PATIENTS, file_sha256, find_patients, preprocessed_folder
 from nnunet_dp.outlook import Outlook, outlook
-from nnunet_dp.patients import (
-    Patients,
-    digest,
-)
+from nnunet_dp.patients import Patients, digest
 from nnunet_dp.phantoms.matching import SHAPES, PublicFacts, matching_kinds
 from nnunet_dp.planning import MORPHOLOGY_SHARE, TRAINING_SHARE, plan_configuration
 from nnunet_dp.plans import (
@@ -109,57 +107,63 @@ class PlanReport:
 
 
 def plan_dataset(
-    dataset: str,
-    configuration: str,
-    epsilon: float,
-    delta: float | None = None,
-    *,
-    patients_file: Path | None = None,
-    patient_column: str | None = None,
-    plans: str = "nnUNetPlans",
-    output: str | None = None,
-    compute: Compute = "full",
-    public_weights: Path | None = None,
-    morphology_share: float = MORPHOLOGY_SHARE,
-    public_start: bool = True,
-    by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
-    overwrite: bool = False,
+    dataset: str, configuration: str, epsilon: float, delta: float | None = None, **options: Any
 ) -> PlanReport:
     """Write private plans beside nnU-Net's; a pure function of the budget and public facts.
 
     The same arguments again change nothing; another configuration is added to the file.
 
+    Args:
+        dataset: id or name.
+        configuration: nnU-Net's name.
+        epsilon: of the budget.
+        delta: of the budget; None follows the number of units.
+        options: the other fields of ``Draft``.
+
     Raises:
         UsageRefusal: for unknown datasets, plans or configurations, and for a differing plan of that name without
             ``overwrite``.
     """
-    draft = _Draft(
-        dataset, configuration, delta, patients_file, patient_column, plans, output, compute, public_weights,
-        morphology_share, public_start, by_hand, overwrite,
-    )  # fmt: skip
+    draft = Draft(dataset, configuration, delta, **options)
     private, report = draft.plan(epsilon)
-    changed = _merge_into(report.file, private, report.section, configuration, overwrite)
+    changed = _merge_into(report.file, private, report.section, configuration, draft.overwrite)
     return replace(report, changed=changed)
 
 
 def plan_curve(dataset: str, configuration: str, epsilons: Sequence[float], **options: Any) -> list[PlanReport]:
-    """Plans for several budgets, side by side; nothing is written.
+    """Plans for several budgets, side by side; no plan is written.
 
     Args:
         dataset: id or name.
         configuration: nnU-Net's name.
         epsilons: the budgets.
-        options: those of ``plan_dataset``.
+        options: the other fields of ``Draft``.
     """
     if not epsilons:
         raise UsageRefusal("--curve should name budgets, found none: try --curve 1,3,8,20")
-    draft = _Draft(dataset, configuration, **options)
+    draft = Draft(dataset, configuration, **options)
     return [draft.plan(epsilon)[1] for epsilon in epsilons]
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """What ``nnunet-dp plan`` was asked for, but for epsilon."""
+class Draft:
+    """What ``nnunet-dp plan`` was asked for, but for epsilon.
+
+    Attributes:
+        dataset: id or name.
+        configuration: nnU-Net's name.
+        delta: of the budget; None follows the number of units.
+        patients_file: which case belongs to whom; None takes the dataset's own.
+        patient_column: its column that names the unit.
+        plans: nnU-Net's, to start from.
+        output: name of the private plans; None follows source and epsilon.
+        compute: how long a schedule may be.
+        public_weights: declared public for ``-pretrained_weights``.
+        morphology_share: of mu^2, for what refinement learns.
+        public_start: whether to begin from phantoms.
+        by_hand: what is set in place of a rule.
+        overwrite: whether a differing plan of that name is replaced.
+    """
 
     dataset: str
     configuration: str
@@ -184,14 +188,49 @@ class _Draft:
         patients = find_patients(folder, self.patients_file, self.patient_column, self.overwrite)
         budget = self._budget(epsilon, patients)
         dataset_json = json.loads((folder / "dataset.json").read_text())
-        private, section = _private(
-            source, self.configuration, dataset_json, folder, patients, budget, self.compute, self.public_weights,
-            self.morphology_share, self.public_start, self.by_hand,
-        )  # fmt: skip
+        private, section = self.private(source, dataset_json, folder, patients, budget)
         name = self.output or plans_name(self.plans, epsilon)
         private["plans_name"] = name
         spent = _planned_epsilon(section, self.configuration)
         return private, PlanReport(name, folder / f"{name}.json", False, self.configuration, section, spent)
+
+    def private(
+        self,
+        source: dict[str, Any],
+        dataset_json: dict[str, Any],
+        folder: Path,
+        patients: Patients,
+        budget: PrivacyBudget,
+    ) -> tuple[dict[str, Any], PrivacySection]:
+        """These plans with a private section, in memory."""
+        starts = self.public_start and self.public_weights is None  # declared weights are a start by themselves
+        manager = PlansManager(source).get_configuration(self.configuration)
+        architecture = manager.configuration["architecture"]
+        plan = plan_configuration(
+            budget,
+            patients.number,
+            tuple(manager.patch_size),
+            architecture["arch_kwargs"]["strides"],
+            lambda features: count_parameters(source, self.configuration, dataset_json, features),
+            self.compute,
+            tuple(round(edge) for edge in source.get("original_median_shape_after_transp", ())),
+            self.morphology_share,
+            len(classes_from(dataset_json).classes),
+            matching_kinds(public_facts(source, dataset_json)) if starts else (),
+            self.by_hand,
+        )
+        kept = folder / PATIENTS
+        section = PrivacySection(
+            budget=budget,
+            patients=patients.number,
+            patients_file_sha256=digest(kept) if kept.is_file() else None,
+            source_plans=source["plans_name"],
+            public_weights_sha256=file_sha256(self.public_weights) if self.public_weights else None,
+            not_covered=NOT_COVERED,
+            configurations={self.configuration: plan},
+        )
+        shrunk = {self.configuration: shrunk_architecture(architecture, plan.network.features_per_stage)}
+        return with_section(source, source["plans_name"], section, shrunk), section
 
     def _refuse_meaningless(self, epsilon: float) -> None:
         output, delta = self.output, self.delta
@@ -220,7 +259,8 @@ def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dic
     _refuse_configuration(plans, configuration)
     patients = find_patients(folder)
     budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
-    return _private(plans, configuration, dataset_json, folder, patients, budget, "full", None, public_start=False)[0]
+    draft = Draft(plans["dataset_name"], configuration, public_start=False)
+    return draft.private(plans, dataset_json, folder, patients, budget)[0]
 
 
 def public_facts(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> PublicFacts:
@@ -244,48 +284,6 @@ def _refuse_configuration(plans: dict[str, Any], configuration: str) -> None:
         raise UsageRefusal(f"plans {plans['plans_name']} have no configuration {configuration}; they have: {known}")
     if PlansManager(plans).get_configuration(configuration).previous_stage_name is not None:
         raise Refusal("the cascade's second stage is not supported: it sees predictions of an earlier private model")
-
-
-def _private(
-    source: dict[str, Any],
-    configuration: str,
-    dataset_json: dict[str, Any],
-    folder: Path,
-    patients: Patients,
-    budget: PrivacyBudget,
-    compute: Compute,
-    public_weights: Path | None,
-    morphology_share: float = MORPHOLOGY_SHARE,
-    public_start: bool = True,
-    by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
-) -> tuple[dict[str, Any], PrivacySection]:
-    manager = PlansManager(source).get_configuration(configuration)
-    architecture = manager.configuration["architecture"]
-    plan = plan_configuration(
-        budget,
-        patients.number,
-        tuple(manager.patch_size),
-        architecture["arch_kwargs"]["strides"],
-        lambda features: count_parameters(source, configuration, dataset_json, features),
-        compute,
-        tuple(round(edge) for edge in source.get("original_median_shape_after_transp", ())),
-        morphology_share,
-        len(classes_from(dataset_json).classes),
-        matching_kinds(public_facts(source, dataset_json)) if public_start and public_weights is None else (),
-        by_hand,
-    )
-    kept = folder / PATIENTS
-    section = PrivacySection(
-        budget=budget,
-        patients=patients.number,
-        patients_file_sha256=digest(kept) if kept.is_file() else None,
-        source_plans=source["plans_name"],
-        public_weights_sha256=file_sha256(public_weights) if public_weights else None,
-        not_covered=NOT_COVERED,
-        configurations={configuration: plan},
-    )
-    shrunk = {configuration: shrunk_architecture(architecture, plan.network.features_per_stage)}
-    return with_section(source, source["plans_name"], section, shrunk), section
 
 
 def _merge_into(
@@ -339,19 +337,27 @@ def count_parameters(
     plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], features: tuple[int, ...]
 ) -> int:
     """Trainable parameters of the configuration's network with these features per stage; no memory is allocated."""
-    manager = PlansManager(plans)
-    configured = manager.get_configuration(configuration)
-    architecture = shrunk_architecture(configured.configuration["architecture"], features)
+    planned = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
     with torch.device("meta"):
-        network = get_network_from_plans(
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-            determine_num_input_channels(manager, configured, dataset_json),
-            manager.get_label_manager(dataset_json).num_segmentation_heads,
-            allow_init=False,
-            deep_supervision=True,
-        )
+        network = build_network(plans, configuration, dataset_json, shrunk_architecture(planned, features), False)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
+def build_network(
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    architecture: dict[str, Any],
+    initialised: bool,
+) -> nn.Module:
+    """nnU-Net's network of that architecture for the configuration's channels and classes, with deep supervision."""
+    manager = PlansManager(plans)
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        determine_num_input_channels(manager, manager.get_configuration(configuration), dataset_json),
+        manager.get_label_manager(dataset_json).num_segmentation_heads,
+        allow_init=initialised,
+        deep_supervision=True,
+    )

@@ -22,8 +22,6 @@ import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import Tensor, nn
 from torch.nn import functional
@@ -31,12 +29,12 @@ from torch.nn import functional
 from nnunet_dp import randomisation
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.forecast import measure
-from nnunet_dp.nnunet import fast_bfloat16, file_sha256, model_folder, preprocessed_folder
-from nnunet_dp.nnunet_planning import PlanReport, public_facts
+from nnunet_dp.nnunet import autocast, file_sha256, model_folder, preprocessed_folder
+from nnunet_dp.nnunet_planning import PlanReport, build_network, public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
 from nnunet_dp.planning import TRAINING_SHARE
-from nnunet_dp.plans import SECTION, configuration_plan, read_section, write_json
+from nnunet_dp.plans import SECTION, configuration_plan, json_sha256, read_section, write_json
 from nnunet_dp.public_start import LabelledImage, Phantoms, learn, only_one, read_start, start_file, write_start
 from nnunet_dp.sections import PublicStart
 from nnunet_dp.workers import Progress, in_order
@@ -185,15 +183,11 @@ def _facts(
     return {
         "recipe": recipe.model_dump(mode="json"),
         "configuration": {key: configured[key] for key in kept},
-        "intensities_sha256": _digest(intensities if facts.calibrated else None),
+        "intensities_sha256": json_sha256(intensities if facts.calibrated else None),
         "channels": dataset_json.get("channel_names", dataset_json.get("modality")),
         "labels": dataset_json["labels"],
         "phantoms_sha256": code.hexdigest(),
     }
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _learn(
@@ -214,8 +208,7 @@ def _learn(
         adopt(network, public_weights)
     network = network.to(device)
     loss = planned_loss(plans, configuration, dataset_json)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast_bfloat16(device))
-    return learn(network, loss, images, recipe, device, autocast, progress)
+    return learn(network, loss, images, recipe, device, partial(autocast, device), progress)
 
 
 def _refuse_other_weights(recipe: PublicStart, file: Path | None) -> None:
@@ -267,25 +260,15 @@ def forecast(report: PlanReport) -> str:
     dataset_json = json.loads((report.file.parent / "dataset.json").read_text())
     network = planned_network(plans, report.configuration, dataset_json)
     patch = PlansManager(plans).get_configuration(report.configuration).patch_size
-    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=fast_bfloat16(device))
-    found = measure(network, (public_facts(plans, dataset_json).channels, *patch), device, autocast)
+    found = measure(network, (public_facts(plans, dataset_json).channels, *patch), device, partial(autocast, device))
     plan = report.section.configurations[report.configuration]
     return found.describe(*plan.patches(int(TRAINING_SHARE * report.section.patients)))
 
 
 def planned_network(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> nn.Module:
     """nnU-Net's network of a configuration, with deep supervision, freshly initialised."""
-    manager = PlansManager(plans)
-    configured = manager.get_configuration(configuration)
-    return get_network_from_plans(
-        configured.network_arch_class_name,
-        configured.network_arch_init_kwargs,
-        configured.network_arch_init_kwargs_req_import,
-        determine_num_input_channels(manager, configured, dataset_json),
-        manager.get_label_manager(dataset_json).num_segmentation_heads,
-        allow_init=True,
-        deep_supervision=True,
-    )
+    planned = PlansManager(plans).get_configuration(configuration).configuration["architecture"]
+    return build_network(plans, configuration, dataset_json, planned, initialised=True)
 
 
 def planned_loss(

@@ -8,6 +8,7 @@ network from it without knowing about privacy.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,11 @@ def configuration_plan(section: PrivacySection, configuration: str) -> Configura
             f"add it with `nnunet-dp plan -c {configuration} ...` and the same budget"
         )
     return section.configurations[configuration]
+
+
+def json_sha256(content: Any) -> str:
+    """SHA-256 of a value's JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def write_json(content: Any, file: Path) -> None:

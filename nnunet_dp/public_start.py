@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dp.errors import Refusal
-from nnunet_dp.plans import write_json
+from nnunet_dp.plans import json_sha256, write_json
 from nnunet_dp.randomisation import randomise
 from nnunet_dp.replacing import replacing
 from nnunet_dp.sections import PublicStart
@@ -197,8 +197,7 @@ def start_file(folder: Path, configuration: str, facts: Mapping[str, Any]) -> Pa
         configuration: nnU-Net's name.
         facts: whatever the weights depend on, as JSON.
     """
-    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-    return folder / FOLDER / f"{configuration}_{digest[:12]}.pth"
+    return folder / FOLDER / f"{configuration}_{json_sha256(facts)[:12]}.pth"
 
 
 @contextmanager

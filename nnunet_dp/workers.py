@@ -45,12 +45,17 @@ def in_order(
         yield from _reported(pool.map(work, items), len(items), progress)
 
 
+def is_tenth(done: int, total: int) -> bool:
+    """Whether a log should have a line now: at every tenth, and at the end."""
+    return done == total or done % max(-(-total // 10), 1) == 0
+
+
 def in_tenths(say: Callable[[str], None], what: str) -> Progress:
     """Progress for a log: a line with the time that is left, at every tenth."""
     began = time.monotonic()
 
     def tell(done: int, total: int) -> None:
-        if done == total or done % max(-(-total // 10), 1) == 0:
+        if is_tenth(done, total):
             left = (time.monotonic() - began) / done * (total - done)
             say(f"{what}: {done} of {total}, {left / 60:.1f} min left")
 

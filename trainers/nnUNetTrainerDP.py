@@ -276,9 +276,10 @@ class nnUNetTrainerDP(nnUNetTrainer):
         cases = {case for cases in slots.values() for case in cases} | set(validation)
         nnunet.refuse_missing(self.dataset_class, Path(self.preprocessed_dataset_folder), cases)
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
-        self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots)).verify()
+        plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
+        plan.verify()
         self._begin_from_public_start()
-        self._start(run, slots)
+        self._start(run, slots, plan)
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self._write_model_files()
@@ -299,9 +300,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         (network.network if self.in_network else network).load_state_dict(weights)
         save_json(provenance, str(Path(self.output_folder) / PROVENANCE), sort_keys=False)
 
-    def _start(self, run, slots):
-        plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
-        plan.verify()
+    def _start(self, run, slots, plan):
         patients = self._patients()
         unit, units = patients.unit, patients.table_sha256
         if self._resume:
@@ -313,7 +312,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
                 f"An older model of this fold was moved to {run.archived}; its charges stay (--c would have gone on)."
             )
         schedule = self.private_plan.schedule(self.clip_rule)
-        execution = Execution(self.device, autocast=self._autocast)
+        execution = Execution(self.device, autocast=functools.partial(nnunet.autocast, self.device))
         self.private = PrivateTraining(self.network, self.loss, plan, schedule, execution, ledger)
         self._data_digest = nnunet.data_digest(Path(self.preprocessed_dataset_folder), slots, self.private_plan)
         if self._resume:
@@ -351,10 +350,6 @@ class nnUNetTrainerDP(nnUNetTrainer):
         )
         morphology.set_radii(boxes, ["opening" if any(box) else "none" for box in boxes])
         network.morphology = morphology.to(self.device)
-
-    def _autocast(self):
-        """bfloat16 where the device is fast at it; never float16, whose scaler skips steps on un-noised infinities."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=nnunet.fast_bfloat16(self.device))
 
     def _write_model_files(self):
         folder = Path(self.output_folder_base)
