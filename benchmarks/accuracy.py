@@ -2,13 +2,17 @@
 
     python benchmarks/accuracy.py -d 4 -c 3d_fullres --epsilon 1 --delta 1e-4 -p nnUNetPlansPublic --repeats 3
     python benchmarks/accuracy.py -d 4 -c 3d_fullres --epsilon 0 --delta 1e-4 -p nnUNetPlansPublic
+    python benchmarks/accuracy.py -d 4 -c 3d_fullres --epsilon inf --delta 1e-4 -p nnUNetPlansPublic --repeats 1 \
+        --trainer nnUNetTrainer_10epochs --batch-size 4
 
 Each repeat is ``nnunet-dp plan``, ``nnUNetv2_train`` of fold 0, ``nnUNetv2_predict`` of the fold's held-out cases and
 ``nnUNetv2_evaluate_folder``. What is finished is not done again, so the same command goes on after an interruption.
 ``--epsilon 0`` judges the public start by itself; other rows are compared with it case by case (95 % bootstrap over
 units), once it is there. ``--recipe NAME --plan "OPTIONS"`` passes options to ``nnunet-dp plan`` (an ablation:
-``--recipe no-start --plan "--no-start"``), ``--trainer`` takes another clip rule. The row is added to, or replaced in,
-``--json`` (default docs/results/accuracy.json). nnU-Net's three folders must be set; the dataset's plans must be there.
+``--recipe no-start --plan "--no-start"``), ``--trainer`` takes another clip rule. ``--epsilon inf`` is plain nnU-Net
+without privacy: one of its own trainers on the network of the default plan for epsilon 8, from random weights. The row
+is added to, or replaced in, ``--json`` (default docs/results/accuracy.json). nnU-Net's three folders must be set; the
+dataset's plans must be there.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import platform
 import shlex
@@ -37,7 +42,7 @@ from nnunet_dp.nnunet import (
     public_dataset_json,
 )
 from nnunet_dp.nnunet_start import ensure_start
-from nnunet_dp.plans import read_section, without_patients_digest, write_json
+from nnunet_dp.plans import SECTION, read_section, without_patients_digest, write_json
 from nnunet_dp.run import LATEST
 from nnunet_dp.splits import fold_slots
 from nnunet_dp.status import read_status
@@ -65,10 +70,22 @@ class Row:
         return f"{self.options.plans}DP_eps{epsilon:g}_s{repeat}{mark}"
 
     def plan(self, plans: str, epsilon: float) -> None:
-        if not (self.folder / f"{plans}.json").is_file():
+        if math.isinf(epsilon):
+            self._plan_without_privacy(plans)
+        elif not (self.folder / f"{plans}.json").is_file():
             chosen = ("-d", self.options.dataset, "-c", self.options.configuration, "--epsilon", epsilon)
             names = ("-p", self.options.plans, "-o", plans, *shlex.split(self.options.plan))
             shell("nnunet-dp", "plan", *chosen, "--delta", self.options.delta, *names)
+
+    def _plan_without_privacy(self, plans: str) -> None:
+        """The network of the first default plan for epsilon 8, and nothing private."""
+        private = self.plans_name(8, 1, "default")
+        self.plan(private, 8)
+        content = json.loads((self.folder / f"{private}.json").read_text()) | {"plans_name": plans}
+        del content[SECTION]
+        if self.options.batch_size:
+            content["configurations"][self.options.configuration]["batch_size"] = self.options.batch_size
+        write_json(content, self.folder / f"{plans}.json")
 
     def train(self, plans: str) -> Path:
         o = self.options
@@ -110,8 +127,8 @@ class Row:
 
     def _held_out_images(self, model: Path) -> tuple[Path, Path]:
         """Folders of the held-out images and of their references: the fold's validation cases, or the test set."""
-        section = read_section(json.loads((model / "plans.json").read_text()))
-        assert section is not None
+        section = read_section(json.loads((self.folder / f"{self.plans_name(8, 1, 'default')}.json").read_text()))
+        assert section is not None  # every plan of the dataset names the same units
         raw, ending = Path(os.environ["nnUNet_raw"]) / self.folder.name, self.dataset_json["file_ending"]
         self.patients = patients_of_plan(self.folder, section)
         self.unit_of_case = dict(self.patients.case_to_patient)
@@ -153,19 +170,19 @@ def measured(row: Row) -> dict[str, Any]:
         row.plan(plans, o.epsilon or 8)
         model = row.train(plans) if o.epsilon else row.start_alone(plans)
         dice.append(row.judge(model))
-        spent.append(read_status(model / "fold_0").as_dict() if o.epsilon else None)
+        spent.append(read_status(model / "fold_0").as_dict() if o.epsilon and not math.isinf(o.epsilon) else None)
     means = [float(np.nanmean(np.nanmean(list(each.values()), axis=0))) for each in dice]
     start = o.work / f"start_{row.folder.name}_{o.plans}{'_test' if o.test else ''}.json"
     if not o.epsilon:
         start.write_text(json.dumps(dice[0]))
-    known = spent[0] or {}
+    known, without = spent[0] or {}, math.isinf(o.epsilon)
     return {
         "dataset": row.name,
-        "epsilon_target": o.epsilon,
-        "epsilon_spent": max((each["epsilon_spent"] for each in spent if each), default=0.0),
-        "delta": o.delta if o.epsilon else 0.0,
+        "epsilon_target": None if without else o.epsilon,
+        "epsilon_spent": None if without else max((each["epsilon_spent"] for each in spent if each), default=0.0),
+        "delta": o.delta if known else 0.0,
         "unit": known.get("unit", row.patients.unit),
-        "recipe": o.recipe,
+        "recipe": "non-private" if without else o.recipe,
         "trainer": o.trainer,
         "held_out": "test set" if o.test else "validation cases of fold 0",
         "dice_mean": round(float(np.mean(means)), 4),
@@ -186,6 +203,7 @@ def command(o: argparse.Namespace) -> str:
     words += ["--test"] if o.test else []
     words += ["--recipe", o.recipe] if o.recipe != "default" else []
     words += [f"--plan={o.plan}"] if o.plan else []
+    words += ["--batch-size", str(o.batch_size)] if o.batch_size else []
     return shlex.join([*words, "--trainer", o.trainer])
 
 
@@ -201,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", "--dataset", required=True)
     parser.add_argument("-c", "--configuration", required=True)
-    parser.add_argument("--epsilon", type=float, required=True, help="0: the public start alone")
+    parser.add_argument("--epsilon", type=float, required=True, help="0: the public start alone; inf: no privacy")
     parser.add_argument("--delta", type=float, required=True)
     parser.add_argument("-p", "--plans", default="nnUNetPlans", help="plans to start from")
     parser.add_argument("--test", action="store_true", help="judge on imagesTs, not on the fold's validation cases")
@@ -209,6 +227,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="default")
     parser.add_argument("--plan", default="", help="further options of nnunet-dp plan")
     parser.add_argument("--trainer", default="nnUNetTrainerDP_AutoS")
+    parser.add_argument("--batch-size", type=int, help="of --epsilon inf; the default is that of the plans")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work", type=Path, default=Path("accuracy_work"), help="images, predictions")
     parser.add_argument("--json", type=Path, default=Path("docs/results/accuracy.json"))
