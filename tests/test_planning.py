@@ -400,3 +400,11 @@ def test_a_public_start_is_planned_where_phantoms_are_named_and_stays_below_half
             start = public_start(("shapes",), patch, compute)
             voxels = start.iterations * start.batch * math.prod(patch)
             assert 300 <= start.iterations <= 3000 and (voxels <= 1.25e9 or start.iterations == 300)
+
+
+def test_a_start_from_shapes_keeps_the_long_schedule_and_one_from_the_organ_shortens_it():
+    facts = (170, (40, 56, 40), HALVED_3D, roughly_a_unet, "full")
+    none, shapes, organ = (plan_configuration(budget(), *facts, phantom_kinds=k) for k in ((), ("shapes",), ("heart",)))
+    assert shapes.start is not None and organ.start is not None
+    assert (shapes.steps, shapes.clip_rules) == (none.steps, none.clip_rules)
+    assert organ.steps < shapes.steps

@@ -46,6 +46,11 @@ def matching_kinds(facts: PublicFacts) -> tuple[str, ...]:
     return tuple(sorted(name for name, kind in KINDS.items() if facts_of(kind) == facts)) or (SHAPES,)
 
 
+def resemble(kinds: tuple[str, ...]) -> bool:
+    """Whether what was learnt from these phantoms is near the dataset's task: there are some, and not only shapes."""
+    return any(name != SHAPES for name in kinds)
+
+
 def facts_of(kind: Kind) -> PublicFacts:
     """The facts of a kind's own dataset."""
     return PublicFacts(
