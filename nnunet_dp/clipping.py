@@ -16,6 +16,9 @@ quantile   min(1, C_t / n)       C_t    Andrew et al. 2021, arXiv:1905.03871 (C_
 per_layer  min(1, C_l / n_l)     C      each layer clamped to C_l = C / sqrt(layers)
 =========  ====================  =====  =====================================================================
 
+``flat_l1`` and ``quantile_l1`` are flat and quantile with L1 norms in place of L2 norms, for Laplace noise; they are
+rules of federated runs only (``l1_clipping``) and not among ``RULE_NAMES``.
+
 >>> import torch
 >>> rule = make_rule("auto_s", {"bound": 1.0, "regulariser": 0.01})
 >>> float(rule.factors(torch.tensor([0.99], dtype=torch.float64))) < 1.0
@@ -36,6 +39,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -49,12 +53,17 @@ SMALLEST_NORM = 1e-12
 class ClipRule(ABC):
     """A bound and the factor that keeps every contribution below it.
 
+    Attributes:
+        order: of the norm that is bounded: L2, or L1 in the rules for Laplace noise.
+
     Formal guarantee:
         For every gradient g split into groups of norms n, the vector ``factors(n) * g`` has an L2 norm of at most
-        ``bound``, in the dtype in which it is summed, without tolerance.
+        ``bound``, in the dtype in which it is summed, without tolerance. Where ``order`` is 1, n is one L1 norm, and
+        so is the bound.
     """
 
     bound: float
+    order: ClassVar[int] = 2
 
     def __post_init__(self) -> None:
         """Refuse a bound that is not a positive finite number."""
@@ -183,6 +192,25 @@ class QuantileAdaptive(Flat):
 
 
 @dataclass(frozen=True)
+class FlatL1(Flat):
+    """min(1, C / n) with n the L1 norm of all parameters together: what Laplace noise asks for."""
+
+    order: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
+class QuantileL1(QuantileAdaptive):
+    """An L1 threshold that follows a quantile of the L1 norms, seen only through a noised count.
+
+    The count is a release of its own (``l1_clipping.LaplaceStep``): Laplace and Gaussian do not combine into one.
+    L1 norms are up to sqrt(parameters) times larger than L2 norms, and so is the public range.
+    """
+
+    largest_bound: float = 1e8
+    order: ClassVar[int] = 1
+
+
+@dataclass(frozen=True)
 class PerLayer(ClipRule):
     """Each layer clamped to C / sqrt(layers): no layer's gradient drowns another's."""
 
@@ -210,6 +238,7 @@ _RULES: dict[str, type[ClipRule]] = {
     "per_layer": PerLayer,
 }
 RULE_NAMES = tuple(_RULES)
+_L1_RULES: dict[str, type[ClipRule]] = {"flat_l1": FlatL1, "quantile_l1": QuantileL1}
 
 
 def make_rule(name: str, constants: Mapping[str, float]) -> ClipRule:
@@ -218,9 +247,10 @@ def make_rule(name: str, constants: Mapping[str, float]) -> ClipRule:
     Raises:
         ValueError: for a name or a constant that no rule has.
     """
-    if name not in _RULES:
-        raise ValueError(f"unknown clip rule {name!r}; known: {', '.join(RULE_NAMES)}")
+    known = _RULES | _L1_RULES
+    if name not in known:
+        raise ValueError(f"unknown clip rule {name!r}; known: {', '.join(known)}")
     try:
-        return _RULES[name](**constants)
+        return known[name](**constants)
     except TypeError as error:
         raise ValueError(f"clip rule {name!r}: {error}") from None

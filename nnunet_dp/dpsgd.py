@@ -24,18 +24,19 @@ import secrets
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from dp_accounting.dp_event import DpEvent, SelfComposedDpEvent
 from torch import Tensor, nn
 
 from nnunet_dp.accounting import PrivacyBudget, epsilon
-from nnunet_dp.charges import MORPHOLOGY, TRAINING, of_purpose, steps_charged
+from nnunet_dp.charges import MORPHOLOGY, TRAINING, Charge, of_purpose, steps_charged
 from nnunet_dp.clipping import ClipRule, QuantileAdaptive
-from nnunet_dp.errors import BudgetRefusal, Refusal
+from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
 from nnunet_dp.gradients import Engine, Record, one_at_a_time, trainable
-from nnunet_dp.ledger import Ledger
+from nnunet_dp.l1_clipping import LaplaceStep, one_at_a_time_l1
+from nnunet_dp.ledger import Ledger, Receipt
 from nnunet_dp.mechanisms import GaussianWithCount, NoisedSum, SubsampledGaussian, fresh_generator
 from nnunet_dp.sampling import poisson_draw
 
@@ -70,12 +71,26 @@ class PrivacyPlan:
         return self.sampling_probability * self.units
 
     @property
-    def mechanism(self) -> SubsampledGaussian | GaussianWithCount:
-        """The one mechanism of the run; a quantile's count shares the draw and the price of the gradient."""
-        if isinstance(self.rule, QuantileAdaptive):
-            count_noise = max(self.expected_batch / 10, 2 * self.noise_multiplier)  # Andrew 2021, made to need z < 2 s
+    def mechanism(self) -> SubsampledGaussian | GaussianWithCount | LaplaceStep:
+        """The one mechanism of the run; a quantile's count shares the draw and the price of the gradient.
+
+        Beside Laplace noise the count has a price of its own, and there is no draw but the full batch.
+        """
+        counted = isinstance(self.rule, QuantileAdaptive)
+        count_noise = max(self.expected_batch / 10, 2 * self.noise_multiplier)  # Andrew 2021, made to need z < 2 s
+        if self.rule.order == 1:
+            self._refuse_draw()
+            return LaplaceStep(self.noise_multiplier, count_noise if counted else None)
+        if counted:
             return GaussianWithCount(self.noise_multiplier, count_noise, self.sampling_probability)
         return SubsampledGaussian(self.noise_multiplier, self.sampling_probability)
+
+    def _refuse_draw(self) -> None:
+        if self.sampling_probability < 1:
+            raise UsageRefusal(
+                f"an L1 clip rule should come with sampling probability 1, the full batch, found "
+                f"{self.sampling_probability}: set it to 1, or take Gaussian noise"
+            )
 
     @property
     def morphology(self) -> SubsampledGaussian | None:
@@ -162,6 +177,8 @@ class PrivateTraining:
         ledger: opened for this run; it is charged before each release.
     """
 
+    private: ClassVar[bool] = True
+
     def __init__(
         self,
         network: nn.Module,
@@ -190,6 +207,14 @@ class PrivateTraining:
         """Whether the schedule is done or the budget leaves no further step."""
         return self.step >= self.plan.steps or self.charged >= self.plan.steps
 
+    @property
+    def next_charges(self) -> tuple[Charge, ...]:
+        """What the next step is charged before anybody is drawn, in this order."""
+        mechanism = self.plan.mechanism
+        if isinstance(mechanism, LaplaceStep):
+            return mechanism.charges(self.step)
+        return (mechanism.charge(TRAINING, self.step),)
+
     def advance(self, records_of: RecordsOf, watch: Callable[[Tensor], None] = lambda loss: None) -> None:
         """Take one private step.
 
@@ -201,20 +226,30 @@ class PrivateTraining:
             BudgetRefusal: when the run's charges leave no budget for another step.
         """
         self._refuse_beyond_budget()
-        mechanism = self.plan.mechanism
-        receipt = self.ledger.charge(mechanism.charge(TRAINING, self.step), self.checkpoint)
+        receipts = [self.ledger.charge(charge, self.checkpoint) for charge in self.next_charges]
         drawn = poisson_draw(self.plan.units, self.plan.sampling_probability, fresh_generator("cpu"))
-        clipped = self.execution.engine(
-            self.network, self.loss, records_of(self.step, drawn), self.rule, self.execution.autocast, watch
-        )
-        self._descend(mechanism.release(clipped, receipt, fresh_generator(self.execution.device)))
+        self._descend(self._released(records_of(self.step, drawn), receipts, watch))
+
+    def _released(
+        self, records: Iterable[Record], receipts: list[Receipt], watch: Callable[[Tensor], None]
+    ) -> NoisedSum:
+        """The clipped sum of the records, noised against its receipts."""
+        mechanism, execution = self.plan.mechanism, self.execution
+        inputs = (self.network, self.loss, records, self.rule, execution.autocast, watch)
+        if isinstance(mechanism, LaplaceStep):
+            return mechanism.release(one_at_a_time_l1(*inputs), receipts, fresh_generator(execution.device))
+        (receipt,) = receipts
+        return mechanism.release(execution.engine(*inputs), receipt, fresh_generator(execution.device))
 
     def _refuse_beyond_budget(self) -> None:
         own = self.ledger.own_entries
-        training, learnt = of_purpose(own, TRAINING), [entry.event for entry in of_purpose(own, MORPHOLOGY)]
+        learnt = [entry.event for entry in of_purpose(own, MORPHOLOGY)]
         learning = [self.plan.morphology.event] if self.plan.morphology else []
-        strange = any(entry.unit_event != self.plan.mechanism.event for entry in training)
-        if strange or learnt not in ([], learning) or len(training) + len(learnt) < len(own):
+        prices = {charge.purpose: charge.unit_event for charge in self.next_charges}
+        stepped = [entry for entry in own if entry.purpose in prices]
+        strange = any(entry.unit_event != prices[entry.purpose] for entry in stepped)
+        unpaired = any(len(of_purpose(own, purpose)) > len(of_purpose(own, TRAINING)) for purpose in prices)
+        if strange or unpaired or learnt not in ([], learning) or len(stepped) + len(learnt) < len(own):
             raise Refusal("the ledger holds charges of this run that its plan does not know: start a new run")
         if steps_charged(own) >= self.plan.steps:
             raise BudgetRefusal(f"all {self.plan.steps} planned releases are charged: the budget is spent")

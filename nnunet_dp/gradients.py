@@ -19,7 +19,7 @@ Design note: ``Module.parameters()`` lists a parameter once even where the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -80,18 +80,30 @@ def one_at_a_time(
     groups = rule.groups(names)
     total = [torch.zeros_like(parameter, dtype=torch.float64) for parameter in parameters]
     counted = 0.0
-    for record in records:
-        with autocast():
-            output = network(record.data)
-        value = loss(_at_least_float32(output), record.target)
-        watch(value.detach())
-        gradient = _gradient(value, parameters)
+    for gradient in gradients_of(network, loss, records, autocast, watch):
         norms = group_norms(gradient, groups)
         if isinstance(rule, QuantileAdaptive):
             counted += rule.centred_indicator(float(norms[0]))
         if rule.usable(norms):
             _add_scaled(total, gradient, rule.factors(norms).tolist(), groups)
     return ClippedSum(tuple(total), rule.bound, counted if isinstance(rule, QuantileAdaptive) else None)
+
+
+def gradients_of(
+    network: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    records: Iterable[Record],
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    watch: Callable[[Tensor], None] = lambda loss: None,
+) -> Iterator[list[Tensor]]:
+    """Each record's gradient by itself, one tensor per trainable parameter; private, not clipped yet."""
+    parameters = trainable(network)[1]
+    for record in records:
+        with autocast():
+            output = network(record.data)
+        value = loss(_at_least_float32(output), record.target)
+        watch(value.detach())
+        yield _gradient(value, parameters)
 
 
 def trainable(network: nn.Module) -> tuple[list[str], list[nn.Parameter]]:
