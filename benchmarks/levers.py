@@ -1,203 +1,117 @@
 """Which levers help private training after a public start: phantoms only, so that choosing costs no privacy.
 
-    python benchmarks/levers.py --work WORK --variants default steps=10 learning_rate=0.3 --epsilon 1 3 8 --seeds 0 1
+    python benchmarks/levers.py --work WORK --variants default steps=10 rule=psac,views=2 --epsilon 1 3 8 --seeds 0 1 2
+    python benchmarks/levers.py --work WORK --summary
 
-A network learns from hippocampus phantoms (once per WORK), then trains privately on phantoms of another scanner,
-another rater and another anatomy (``shifted``): that is the gap between phantoms and patients, as far as it can be
-imitated. A step sums the clipped gradients of ``--drawn`` patients, scales them to ``--patients`` and adds the noise
-that so many patients' budget asks for: the mean gradient of 34 is nearly that of 136, and takes a quarter of the time.
-Dice is that of 30 further patients. The variants are settings of ``Settings``; ``default`` follows the planner's rules.
+A network learns from hippocampus phantoms (once per WORK and width), then trains privately on phantoms of another
+scanner, another rater and another anatomy (``lever_phantoms.shifted``). Dice is that of 30 further patients. A variant
+is a list of settings (``lever_settings.Settings``), ``default`` the planner's rules, ``stock=True`` nnU-Net's schedule
+made private.
+
+Each run is a line of WORK/levers.jsonl; what stands there is not run again. A start without private training is a line
+of epsilon 0. A seed chooses patients, patches and noise of the private training, so differences are paired by seed.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import dataclasses
 import json
-import math
 import time
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
 
-import numpy as np
 import torch
-from dynamic_network_architectures.architectures.unet import PlainConvUNet
-from dynamic_network_architectures.initialization.weight_init import InitWeights_He
-from torch import Tensor, nn
+from lever_phantoms import WIDTH, Cases, dice, patients, public_start, random_network, shifted
+from lever_settings import Settings, parsed
+from lever_training import Cohort, private_training
+from torch import nn
 
-from nnunet_dp import nnunet
-from nnunet_dp.accounting import PrivacyBudget, gaussian_mu
-from nnunet_dp.gradients import trainable
-from nnunet_dp.nnunet_start import planned_loss
-from nnunet_dp.phantoms import Patient, hippocampus
-from nnunet_dp.planning import MORPHOLOGY_SHARE, learning_rate, signal_to_noise, steps
-from nnunet_dp.public_start import LabelledImage, Phantoms, crop, learn
-from nnunet_dp.sections import PublicStart
+from nnunet_dp.accounting import PrivacyBudget
 
-PATCH = (40, 56, 40)
-FEATURES = (16, 32, 64)
 DELTA = 1e-4
-PLANS = {
-    "dataset_name": "Dataset301_PhantomHippocampus",
-    "plans_name": "levers",
-    "label_manager": "LabelManager",
-    "configurations": {"3d_fullres": {}},
-}
-DATASET_JSON = {"labels": {"background": 0, "Anterior": 1, "Posterior": 2}, "file_ending": ".nii.gz"}
+START_ALONE = "start alone"
+SCALE = ("patients", "drawn", "iterations")  # options that make runs comparable
+KEY = ("epsilon", "variant", "seed", *SCALE)
+
+Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One variant; None leaves the planner's rule."""
-
-    steps: int | None = None
-    learning_rate: float | None = None
-    power: float = 0.9
-    momentum: float = 0.0
-    average_share: float = 0.1
-    patches: int = 1
-    trains: str = "all"  # or: norms
-    shrink: bool = False  # each tensor of the released gradient by its estimated share of signal
-    gamma: float = 0.01
+# ---- the runs ----------------------------------------------------------------------------------------------------
 
 
-def shifted() -> None:
-    """Another scanner (less contrast, blurred, noisy), another rater (a later cut), another anatomy and pose."""
-    hippocampus.T1_MS.update(white=900.0, grey=1250.0, fluid=3000.0)
-    hippocampus.PROTON_DENSITY.update(white=0.75, grey=0.85, fluid=1.0)
-    hippocampus.SITES = (
-        hippocampus.Site(inversion_ms=700, repetition_ms=1800, fwhm_voxels=1.6, noise=0.07, gain=400),
-        hippocampus.Site(inversion_ms=850, repetition_ms=2000, fwhm_voxels=1.9, noise=0.06, gain=300),
-    )
-    hippocampus.CROSS_SECTION = np.array([1.15, 1.0, 0.95], dtype=np.float32)
-    draw = hippocampus._draw_anatomy
-
-    def other(rng: np.random.Generator) -> hippocampus.Anatomy:
-        known = draw(rng)
-        return dataclasses.replace(
-            known, volume_mm3=0.85 * known.volume_mm3, pitch_degrees=known.pitch_degrees - 22,
-            yaw_degrees=known.yaw_degrees - 12, cut=known.cut - 0.1, tail_curl_mm=known.tail_curl_mm + 3,
-            head_to_tail=0.85 * known.head_to_tail,
-        )  # fmt: skip
-
-    hippocampus._draw_anatomy = other
+def jobs(options: argparse.Namespace, variants: dict[str, Settings]) -> list[Row]:
+    """What was asked for and is not in the table yet; starts alone first."""
+    scale = {name: getattr(options, name) for name in SCALE}
+    starts = {START_ALONE + _of_width(chosen.width): None for chosen in variants.values() if chosen.start}
+    asked = [(0.0, name, 0) for name in starts]
+    asked += [(epsilon, text, seed) for epsilon in options.epsilon for text in variants for seed in options.seeds]
+    wanted = [{"epsilon": epsilon, "variant": text, "seed": seed, **scale} for epsilon, text, seed in asked]
+    done = {_key(row) for row in rows(options.work)}
+    return [job for job in wanted if _key(job) not in done]
 
 
-def patients(number: int, seed: int) -> list[list[LabelledImage]]:
-    """Cases of each patient, z-scored."""
-    found = []
-    for index in range(number):
-        patient, cases = Patient("hippocampus", seed, index), []
-        for case in range(patient.number_of_cases(1, 2)):
-            scan = hippocampus.render(patient, case)
-            image = (scan.image - scan.image.mean()) / scan.image.std()
-            cases.append(LabelledImage(image.astype(np.float32), scan.segmentation.astype(np.int16)))
-        found.append(cases)
-    return found
+def run(job: Row, chosen: Settings, start: nn.Module | None, cohort: Cohort, held_out: Sequence[Cases]) -> Row:
+    """The job's row: with Dice and seconds."""
+    began = time.time()
+    network = random_network(chosen.width, job["seed"]) if start is None else copy.deepcopy(start)
+    if job["epsilon"] > 0:
+        budget = PrivacyBudget(epsilon=job["epsilon"], delta=DELTA)
+        private_training(network, cohort, budget, chosen, job["seed"])
+    return {**job, "dice": dice(network, held_out), "seconds": round(time.time() - began)}
 
 
-def network(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    depth = len(FEATURES)
-    made = PlainConvUNet(
-        1, depth, list(FEATURES), nn.Conv3d, [[3] * 3] * depth, [1] + [2] * (depth - 1), [2] * depth, 3,
-        [2] * (depth - 1), True, nn.InstanceNorm3d, {"eps": 1e-5, "affine": True}, None, None, nn.LeakyReLU,
-        {"inplace": True}, True,
-    )  # fmt: skip
-    made.apply(InitWeights_He(1e-2))
-    return made
+def settings_of(text: str) -> Settings:
+    """Of a variant, or of a start alone."""
+    return parsed(text.removeprefix(START_ALONE).removeprefix(",") or "default")
 
 
-def batch(cases: list[LabelledImage], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    crops = [crop(case, PATCH, rng) for case in cases]
-    images, labels = (torch.from_numpy(np.stack(part)) for part in zip(*crops, strict=True))
-    return images.float(), labels.long()
+def _of_width(width: int) -> str:
+    return "" if width == WIDTH else f",width={width}"
 
 
-def dice(model: nn.Module, held_out: list[list[LabelledImage]]) -> float:
-    """Mean over cases and classes."""
-    found, rng = [], np.random.default_rng(0)
-    model.eval()
-    for cases in held_out:
-        images, labels = batch(cases, rng)
-        with torch.no_grad(), autocast():
-            guess = model(images)[0].argmax(1)
-        for one, truth in zip(guess, labels, strict=True):
-            for label in (1, 2):
-                a, b = one == label, truth == label
-                found.append(float(2 * (a & b).sum() / (a.sum() + b.sum()).clamp(min=1)))
-    model.train()
-    return float(np.mean(found))
+# ---- the table ---------------------------------------------------------------------------------------------------
 
 
-autocast = partial(nnunet.autocast, torch.device("cpu"))
+def rows(work: Path) -> list[Row]:
+    """All runs so far; lines of an older form (several seeds in one) are passed over."""
+    file = work / "levers.jsonl"
+    found = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    return [row for row in found if "seed" in row]
 
 
-def private_training(model: nn.Module, pool, epsilon: float, chosen: Settings, options, seed: int) -> nn.Module:
-    """As ``dpsgd``, without a ledger: nobody's data are at stake."""
-    loss, generator = planned_loss(PLANS, "3d_fullres", DATASET_JSON), torch.Generator().manual_seed(seed)
-    rng, parameters = np.random.default_rng(seed), trainable(model)[1]
-    parameters = [p for p in parameters if chosen.trains == "all" or p.ndim == 1]
-    budget = PrivacyBudget(epsilon=epsilon, delta=DELTA)
-    count = sum(p.numel() for p in parameters)
-    whole = sum(p.numel() for p in model.parameters())
-    total = chosen.steps or steps(budget, round(options.patients / 0.8), whole, "full", True)
-    signal = signal_to_noise(budget, options.patients, whole)
-    rate = chosen.learning_rate or learning_rate(total, signal)
-    noise = math.sqrt(total / (1 - MORPHOLOGY_SHARE)) / gaussian_mu(budget) / options.patients
-    average, speed = [p.detach().clone() for p in parameters], [torch.zeros_like(p) for p in parameters]
-    for step in range(total):
-        mean = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
-        for index in rng.choice(len(pool), min(options.drawn, len(pool)), replace=False):
-            cases = [pool[index][k % len(pool[index])] for k in rng.permutation(chosen.patches)]
-            images, labels = batch(cases, rng)
-            with autocast():
-                output = model(images)
-            gradient = torch.autograd.grad(loss(output, labels), parameters, allow_unused=True)
-            gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradient, strict=True)]
-            norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradient))
-            for sum_, g in zip(mean, gradient, strict=True):
-                sum_ += g.double() / (norm + chosen.gamma) / min(options.drawn, len(pool))
-        released = [m + noise * torch.randn(m.shape, generator=generator, dtype=torch.float64) for m in mean]
-        if chosen.shrink:
-            released = [r * max(0.0, 1 - noise**2 * r.numel() / float(r.square().sum())) for r in released]
-        with torch.no_grad():
-            for p, r, v, w in zip(parameters, released, speed, average, strict=True):
-                v.mul_(chosen.momentum).add_(r.float())
-                p.add_(v, alpha=-rate * (1 - step / total) ** chosen.power)
-                w.lerp_(p, 1 - min(step / (step + 1), 1 - 1 / max(2.0, chosen.average_share * total)))
-    with torch.no_grad():
-        for p, w in zip(parameters, average, strict=True):
-            p.copy_(w)
-    print(f"    {total} steps, rate {rate:g}, {count} parameters trained", flush=True)
-    return model
+def append(row: Row, work: Path) -> None:
+    with (work / "levers.jsonl").open("a") as table:
+        table.write(json.dumps(row) + "\n")
 
 
-def start(options: argparse.Namespace) -> nn.Module:
-    """The network after phantoms of the usual kind, learnt once."""
-    file, model = options.work / f"start_{options.iterations}.pt", network(0)
-    if not file.is_file():
-        images = [case for cases in patients(300, 11) for case in cases]
-        phantoms = Phantoms(images, PATCH, (1.0, 1.0, 1.0), (True,))
-        recipe = PublicStart(
-            kinds=("hippocampus",), images=len(images), iterations=options.iterations, batch=2, learning_rate=2e-3
-        )
-        loss = planned_loss(PLANS, "3d_fullres", DATASET_JSON)
-        torch.save(learn(model, loss, phantoms, recipe, torch.device("cpu"), autocast), file)
-    model.load_state_dict(torch.load(file))
-    return model
+def summary(found: Iterable[Row]) -> Iterator[str]:
+    """Markdown: mean and standard deviation over seeds, and the difference from ``default`` at the same seeds."""
+    by_variant: dict[tuple[float, str], dict[int, float]] = {}
+    for row in found:
+        by_variant.setdefault((row["epsilon"], row["variant"]), {})[row["seed"]] = row["dice"]
+    yield "| variant | epsilon | Dice | seeds | over default, paired by seed |"
+    yield "|---|---|---|---|---|"
+    for (epsilon, variant), scores in sorted(by_variant.items()):
+        default = by_variant.get((epsilon, "default"), {}) if variant != "default" else {}
+        paired = [score - default[seed] for seed, score in scores.items() if seed in default]
+        yield f"| {variant} | {epsilon:g} | {_spread(scores.values(), '')} | {len(scores)} | {_spread(paired, '+')} |"
 
 
-def parsed(text: str) -> Settings:
-    """``default``, or ``steps=10,learning_rate=0.3``."""
-    given = dict(pair.split("=") for pair in text.split(",")) if text != "default" else {}
-    kinds = {"steps": int, "patches": int, "trains": str, "shrink": lambda word: word == "True"}
-    return Settings(**{name: kinds.get(name, float)(value) for name, value in given.items()})
+def _spread(values: Iterable[float], sign: str) -> str:
+    """Mean and standard deviation, as far as there are any."""
+    known = list(values)
+    deviation = f" ± {stdev(known):.4f}" if len(known) > 1 else ""
+    return f"{mean(known):{sign}.4f}{deviation}" if known else ""
 
 
-def main() -> None:
+def _key(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
+
+
+def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--variants", nargs="+", default=["default"])
@@ -206,25 +120,39 @@ def main() -> None:
     parser.add_argument("--patients", type=int, default=136, help="whose budget it is")
     parser.add_argument("--drawn", type=int, default=34, help="whose gradients are computed")
     parser.add_argument("--iterations", type=int, default=1200, help="of the public start")
+    parser.add_argument("--summary", action="store_true", help="only print the table of these three")
+    return parser
+
+
+def main() -> None:
+    parser = arguments()
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
-    begun = start(options)
+    try:
+        variants = {text: parsed(text) for text in options.variants}
+    except ValueError as error:
+        parser.error(str(error))
+    if not options.summary:
+        for row in results(jobs(options, variants), options):
+            append(row, options.work)
+            told = f"epsilon {row['epsilon']:g}  {row['variant']}  seed {row['seed']}"
+            print(f"{told}: Dice {row['dice']:.4f}  {row['seconds']} s", flush=True)
+    comparable = [row for row in rows(options.work) if all(row[name] == getattr(options, name) for name in SCALE)]
+    print("\n".join(summary(comparable)))
+
+
+def results(todo: Sequence[Row], options: argparse.Namespace) -> Iterator[Row]:
+    """One row after the other. The starts come first: the world of phantoms shifts but once."""
+    chosen = [settings_of(job["variant"]) for job in todo]
+    widths = {settings.width for settings in chosen if settings.start}
+    starts = {width: public_start(options.work, width, options.iterations) for width in sorted(widths)}
+    if not todo:
+        return
     shifted()
-    pool, held_out = patients(136, 700), patients(30, 900)
-    print(f"the start alone: Dice {dice(begun, held_out):.4f}", flush=True)
-    for epsilon in options.epsilon:
-        for text in options.variants:
-            found, began = [], time.time()
-            for seed in options.seeds:
-                model = private_training(copy.deepcopy(begun), pool, epsilon, parsed(text), options, seed)
-                found.append(dice(model, held_out))
-            row = {"epsilon": epsilon, "variant": text, "patients": options.patients, "dice": found}
-            with (options.work / "levers.jsonl").open("a") as table:
-                table.write(json.dumps(row) + "\n")
-            spread = f" +- {np.std(found, ddof=1):.4f}" if len(found) > 1 else ""
-            seconds = f"{time.time() - began:.0f} s"
-            print(f"epsilon {epsilon:g}  {text}: Dice {np.mean(found):.4f}{spread}  {seconds}", flush=True)
+    cohort, held_out = Cohort(patients(136, 700), options.patients, options.drawn), patients(30, 900)
+    for job, settings in zip(todo, chosen, strict=True):
+        yield run(job, settings, starts[settings.width] if settings.start else None, cohort, held_out)
 
 
 if __name__ == "__main__":
