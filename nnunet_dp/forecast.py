@@ -11,16 +11,19 @@ libraries). Nothing of the dataset is read, and nothing here moves the plan.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 FLOAT64_SUM = 8  # bytes of a parameter in the clipped sum; noise and average add two float32 or less
+CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 BYTES_PER_PARAMETER = 4 + 4 + 4 + FLOAT64_SUM  # weight, gradient, average, sum
 
 
@@ -66,6 +69,13 @@ def measure(
     seconds, kept = _once(network, patch, device, autocast)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     return Forecast(str(device), seconds, kept + BYTES_PER_PARAMETER * parameters)
+
+
+def machine_memory_bytes() -> int:
+    """Memory of this machine, or of the container that this process runs in where that is less."""
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    written = [file.read_text().strip() for file in CONTAINER_LIMITS if file.is_file()]
+    return min([whole, *(int(limit) for limit in written if limit.isdigit())])
 
 
 def _once(

@@ -26,7 +26,7 @@ from nnunet_dp.morphology import classes_from
 from nnunet_dp.nnunet import PATIENTS, file_sha256, find_patients, preprocessed_folder
 from nnunet_dp.outlook import Outlook, outlook
 from nnunet_dp.patients import Patients, digest
-from nnunet_dp.phantoms.matching import SHAPES, PublicFacts, matching_kinds
+from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds, resemble
 from nnunet_dp.planning import MORPHOLOGY_SHARE, TRAINING_SHARE, plan_configuration
 from nnunet_dp.plans import (
     SECTION,
@@ -102,8 +102,8 @@ class PlanReport:
         """What to expect of a fold with the usual share of the patients."""
         plan = self.section.configurations[self.configuration]
         patients = int(TRAINING_SHARE * self.section.patients)
-        resembles = plan.start is not None and plan.start.kinds != (SHAPES,)
-        return outlook(self.section.budget, patients, plan.network.parameters, resembles)
+        resembles = plan.start is not None and resemble(plan.start.kinds)
+        return outlook(plan, patients, resembles)
 
 
 def plan_dataset(
@@ -125,13 +125,13 @@ def plan_dataset(
             ``overwrite``.
     """
     draft = Draft(dataset, configuration, delta, **options)
-    private, report = draft.plan(epsilon)
+    ((private, report),) = draft.plan([epsilon])
     changed = _merge_into(report.file, private, report.section, configuration, draft.overwrite)
     return replace(report, changed=changed)
 
 
 def plan_curve(dataset: str, configuration: str, epsilons: Sequence[float], **options: Any) -> list[PlanReport]:
-    """Plans for several budgets, side by side; no plan is written.
+    """Plans for several budgets, side by side; no plan is written. The dataset's files are read once.
 
     Args:
         dataset: id or name.
@@ -142,7 +142,17 @@ def plan_curve(dataset: str, configuration: str, epsilons: Sequence[float], **op
     if not epsilons:
         raise UsageRefusal("--curve should name budgets, found none: try --curve 1,3,8,20")
     draft = Draft(dataset, configuration, **options)
-    return [draft.plan(epsilon)[1] for epsilon in epsilons]
+    return [report for _, report in draft.plan(epsilons)]
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What planning reads of a dataset, whatever the budget: its folder, plans and dataset.json, and its units."""
+
+    folder: Path
+    plans: dict[str, Any]
+    dataset_json: dict[str, Any]
+    patients: Patients
 
 
 @dataclass(frozen=True)
@@ -179,30 +189,30 @@ class Draft:
     by_hand: ByHand = ByHand()  # noqa: RUF009 (frozen)
     overwrite: bool = False
 
-    def plan(self, epsilon: float) -> tuple[dict[str, Any], PlanReport]:
-        """The private plans for one epsilon, not yet written."""
-        self._refuse_meaningless(epsilon)
+    def plan(self, epsilons: Sequence[float]) -> list[tuple[dict[str, Any], PlanReport]]:
+        """The private plans for each epsilon, not yet written."""
+        for epsilon in epsilons:
+            self._refuse_meaningless(epsilon)
+        facts = self._read()
+        return [self._planned(epsilon, facts) for epsilon in epsilons]
+
+    def _read(self) -> DatasetFacts:
         folder = preprocessed_folder(self.dataset)
         source = _read_plans(folder, self.plans)
         _refuse_configuration(source, self.configuration)
         patients = find_patients(folder, self.patients_file, self.patient_column, self.overwrite)
-        budget = self._budget(epsilon, patients)
-        dataset_json = json.loads((folder / "dataset.json").read_text())
-        private, section = self.private(source, dataset_json, folder, patients, budget)
+        return DatasetFacts(folder, source, json.loads((folder / "dataset.json").read_text()), patients)
+
+    def _planned(self, epsilon: float, facts: DatasetFacts) -> tuple[dict[str, Any], PlanReport]:
+        private, section = self.private(facts, self._budget(epsilon, facts.patients))
         name = self.output or plans_name(self.plans, epsilon)
         private["plans_name"] = name
         spent = _planned_epsilon(section, self.configuration)
-        return private, PlanReport(name, folder / f"{name}.json", False, self.configuration, section, spent)
+        return private, PlanReport(name, facts.folder / f"{name}.json", False, self.configuration, section, spent)
 
-    def private(
-        self,
-        source: dict[str, Any],
-        dataset_json: dict[str, Any],
-        folder: Path,
-        patients: Patients,
-        budget: PrivacyBudget,
-    ) -> tuple[dict[str, Any], PrivacySection]:
-        """These plans with a private section, in memory."""
+    def private(self, facts: DatasetFacts, budget: PrivacyBudget) -> tuple[dict[str, Any], PrivacySection]:
+        """The dataset's plans with a private section, in memory."""
+        source, dataset_json, patients = facts.plans, facts.dataset_json, facts.patients
         starts = self.public_start and self.public_weights is None  # declared weights are a start by themselves
         manager = PlansManager(source).get_configuration(self.configuration)
         architecture = manager.configuration["architecture"]
@@ -219,7 +229,7 @@ class Draft:
             matching_kinds(public_facts(source, dataset_json)) if starts else (),
             self.by_hand,
         )
-        kept = folder / PATIENTS
+        kept = facts.folder / PATIENTS
         section = PrivacySection(
             budget=budget,
             patients=patients.number,
@@ -260,7 +270,7 @@ def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dic
     patients = find_patients(folder)
     budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
     draft = Draft(plans["dataset_name"], configuration, public_start=False)
-    return draft.private(plans, dataset_json, folder, patients, budget)[0]
+    return draft.private(DatasetFacts(folder, plans, dataset_json, patients), budget)[0]
 
 
 def public_facts(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> PublicFacts:

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from nnunet_dp import randomisation
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.forecast import measure
+from nnunet_dp.forecast import machine_memory_bytes, measure
 from nnunet_dp.nnunet import autocast, file_sha256, model_folder, preprocessed_folder
 from nnunet_dp.nnunet_planning import PlanReport, build_network, public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
@@ -37,10 +37,13 @@ from nnunet_dp.planning import TRAINING_SHARE
 from nnunet_dp.plans import SECTION, configuration_plan, json_sha256, read_section, write_json
 from nnunet_dp.public_start import LabelledImage, Phantoms, learn, only_one, read_start, start_file, write_start
 from nnunet_dp.sections import PublicStart
-from nnunet_dp.workers import Progress, in_order
+from nnunet_dp.workers import Progress, in_order, in_tenths
 
 Say = Callable[[str], None]
 LEAST_ADOPTED = 0.1  # share of the parameters that a public checkpoint should give
+SHARE_OF_MEMORY = 0.25  # that the phantoms may take together
+FEWEST_IMAGES = 50  # phantoms, whatever they take
+IMAGES_DRAWN = "images_drawn"  # in the provenance, where they are fewer than the recipe's
 
 
 def ensure_start(
@@ -64,7 +67,7 @@ def ensure_start(
         device: where to learn.
         processes: at most, for drawing phantoms.
         say: told what is going on.
-        progress: told after each iteration.
+        progress: told after each phantom and each iteration, counted together; without it ``say`` is, at each tenth.
         public_weights: the checkpoint that the recipe begins from, where it names one.
 
     Returns:
@@ -84,13 +87,24 @@ def ensure_start(
         if not file.is_file():
             say(f"making the public start once: {recipe.describe()}")
             _refuse_other_weights(recipe, public_weights)
-            weights = _learn(plans, configuration, dataset_json, recipe, device, processes, progress, public_weights)
+            weights, drawn = _learn(
+                plans, configuration, dataset_json, recipe, device, processes, say, progress, public_weights
+            )
             made_by = {"torch": torch.__version__, "nnunet_dp": version("nnunet_dp")}
             declared = {"declared": "no patient overlaps with the public weights' data"} if public_weights else {}
-            write_start(file, weights, {**told, **made_by, **declared})
+            fewer = {IMAGES_DRAWN: drawn} if drawn < recipe.images else {}
+            write_start(file, weights, {**told, **made_by, **declared, **fewer})
     weights, provenance = read_start(file, told)
-    say(f"public start {file.name} (no private data): {recipe.describe()}")
+    say(f"public start {file.name} (no private data): {describe_start(provenance)}")
     return weights, provenance
+
+
+def describe_start(provenance: dict[str, Any]) -> str:
+    """The recipe in words, and what became of it where memory was short."""
+    recipe = PublicStart.model_validate(provenance["recipe"])
+    drawn = provenance.get(IMAGES_DRAWN, recipe.images)
+    short = f"; only {drawn} phantoms were drawn, more would have taken over a quarter of the memory"
+    return recipe.describe() + (short if drawn < recipe.images else "")
 
 
 def pretrain(
@@ -166,8 +180,8 @@ class StartReport:
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and value, for a table."""
-        recipe = PublicStart.model_validate(self.provenance["recipe"])
-        return [("public start", str(self.file)), ("recipe", recipe.describe()), ("sha256", self.provenance["sha256"])]
+        recipe, sha256 = describe_start(self.provenance), self.provenance["sha256"]
+        return [("public start", str(self.file)), ("recipe", recipe), ("sha256", sha256)]
 
 
 def _facts(
@@ -197,10 +211,15 @@ def _learn(
     recipe: PublicStart,
     device: torch.device,
     processes: int,
+    say: Say,
     progress: Progress | None,
     public_weights: Path | None,
-) -> dict[str, Tensor]:
-    images = draw(plans, configuration, dataset_json, recipe, processes)
+) -> tuple[dict[str, Tensor], int]:
+    """The start's weights, and from how many phantoms."""
+    drawing = _part(progress, 0, recipe) or in_tenths(say, "phantoms drawn")
+    phantoms = draw(plans, configuration, dataset_json, recipe, processes, drawing)
+    if len(phantoms.images) < recipe.images:
+        say(f"no more than {len(phantoms.images)} of {recipe.images} phantoms: a quarter of this machine's memory")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = planned_network(plans, configuration, dataset_json)
@@ -208,7 +227,15 @@ def _learn(
         adopt(network, public_weights)
     network = network.to(device)
     loss = planned_loss(plans, configuration, dataset_json)
-    return learn(network, loss, images, recipe, device, partial(autocast, device), progress)
+    learning = _part(progress, recipe.images, recipe) or in_tenths(say, "public start")
+    weights = learn(network, loss, phantoms, recipe, device, partial(autocast, device), learning)
+    return weights, len(phantoms.images)
+
+
+def _part(progress: Progress | None, before: int, recipe: PublicStart) -> Progress | None:
+    """Progress of one part, told as progress of phantoms and iterations together."""
+    whole = recipe.images + recipe.iterations
+    return progress and (lambda done, _: progress(before + done, whole))
 
 
 def _refuse_other_weights(recipe: PublicStart, file: Path | None) -> None:
@@ -307,7 +334,13 @@ def _target(labels: Tensor, shape: torch.Size, regions: list[list[int]] | None) 
 
 
 def draw(
-    plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any], recipe: PublicStart, processes: int = 1
+    plans: dict[str, Any],
+    configuration: str,
+    dataset_json: dict[str, Any],
+    recipe: PublicStart,
+    processes: int = 1,
+    progress: Progress | None = None,
+    most_bytes: float | None = None,
 ) -> Phantoms:
     """Phantoms of the recipe's kinds in turn, preprocessed by the plans.
 
@@ -317,17 +350,31 @@ def draw(
         dataset_json: of the dataset that will be trained on.
         recipe: kinds, number of images and seed.
         processes: at most.
+        progress: told after each phantom.
+        most_bytes: that they may take together, though 50 are drawn in any case; None for a quarter of the memory.
     """
     configured = PlansManager(plans).get_configuration(configuration)
+    most = SHARE_OF_MEMORY * machine_memory_bytes() if most_bytes is None else most_bytes
     work = partial(_draw_one, plans, configuration, dataset_json, recipe)
-    with contextlib.redirect_stdout(io.StringIO()):
-        images = list(in_order(work, range(recipe.images), processes, prepare=partial(torch.set_num_threads, 1)))
+    drawn: Any = in_order(work, range(recipe.images), processes, progress, partial(torch.set_num_threads, 1))
+    with contextlib.closing(drawn):  # ends the processes where not all are drawn
+        images = list(_fitting(drawn, most))
     return Phantoms(
         images,
         tuple(configured.patch_size),
         tuple(float(edge) for edge in configured.spacing),
         tuple("ZScore" in scheme for scheme in configured.normalization_schemes),
     )
+
+
+def _fitting(images: Iterator[LabelledImage], most_bytes: float) -> Iterator[LabelledImage]:
+    """The first images, as many as fit together; their sizes are known when they are drawn."""
+    taken = 0
+    for number, image in enumerate(images):
+        taken += image.image.nbytes + image.labels.nbytes
+        if taken > most_bytes and number >= FEWEST_IMAGES:
+            return
+        yield image
 
 
 def _draw_one(
@@ -362,8 +409,9 @@ def _preprocessed(
     manager = PlansManager(plans)
     configured = manager.get_configuration(configuration)
     preprocessor = configured.preprocessor_class(verbose=False)
-    data, seg, _ = preprocessor.run_case_npy(
-        np.ascontiguousarray(image), labels.astype(np.float32)[None], {"spacing": list(spacing)}, manager,
-        configured, json.loads(json.dumps(dataset_json)),
-    )  # fmt: skip
+    with contextlib.redirect_stdout(io.StringIO()):
+        data, seg, _ = preprocessor.run_case_npy(
+            np.ascontiguousarray(image), labels.astype(np.float32)[None], {"spacing": list(spacing)}, manager,
+            configured, json.loads(json.dumps(dataset_json)),
+        )  # fmt: skip
     return LabelledImage(np.asarray(data, np.float32), np.maximum(seg[0], 0).astype(np.int16))

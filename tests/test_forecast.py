@@ -2,7 +2,8 @@
 
 import torch
 
-from nnunet_dp.forecast import Forecast, measure
+from nnunet_dp import forecast
+from nnunet_dp.forecast import Forecast, machine_memory_bytes, measure
 
 
 def network() -> torch.nn.Module:
@@ -36,3 +37,13 @@ def test_minutes_are_patches_times_seconds():
     said = Forecast("cpu", 0.5, 3 * 2**20).describe(private_patches=1200, public_patches=240)
     assert "about 10 min" in said and "before it 2" in said and "3 MiB" in said
     assert "public" not in Forecast("cpu", 0.5, 1).describe(1200, 0)
+
+
+def test_a_containers_limit_counts_where_it_is_less_than_the_machine_has(tmp_path, monkeypatch):
+    files = [tmp_path / name for name in ("v2", "v1", "absent")]
+    monkeypatch.setattr(forecast, "CONTAINER_LIMITS", files)
+    whole = machine_memory_bytes()
+    assert 2**28 < whole < 2**50
+    for limit, expected in (("max", whole), (str(2**62), whole), (str(2**27), 2**27)):
+        files[0].write_text(limit + "\n")
+        assert machine_memory_bytes() == expected

@@ -1,7 +1,9 @@
 """The public start inside nnU-Net: drawn by public facts, learnt once, shared, recorded, refused when touched."""
 
 import json
+import multiprocessing
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,14 +11,19 @@ import pytest
 import torch
 from ordinary_plans import DATASET_JSON, ordinary_plans, preprocessed_dataset
 
-from nnunet_dp import planning
+from nnunet_dp import nnunet_start, planning
+from nnunet_dp.charges import Charge
 from nnunet_dp.cli import main
 from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.ledger import Ledger, read_ledger
+from nnunet_dp.nnunet import find_patients
 from nnunet_dp.nnunet_planning import plan_dataset, public_facts
 from nnunet_dp.nnunet_start import adopt, draw, ensure_start, planned_loss, planned_network, pretrain
 from nnunet_dp.phantoms.matching import PublicFacts
-from nnunet_dp.public_start import FOLDER
+from nnunet_dp.public_start import FOLDER, PROVENANCE
+from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint, write_checkpoint
 from nnunet_dp.sections import ByHand, PublicStart
+from nnunet_dp.trainers import nnUNetTrainerDP as trainers
 
 CPU = torch.device("cpu")
 PLANS = "nnUNetPlansDP_eps8"
@@ -94,6 +101,62 @@ def test_drawing_in_this_process_leaves_its_threads_as_they_are():
     assert torch.get_num_threads() == before
 
 
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def test_no_more_phantoms_are_drawn_than_fit_but_some_in_any_case(monkeypatch):
+    monkeypatch.setattr(nnunet_start, "FEWEST_IMAGES", 2)
+    arguments = (ordinary_plans(), "2d", DATASET_JSON, recipe("shapes", images=6))
+    whole = draw(*arguments).images
+    each = whole[0].image.nbytes + whole[0].labels.nbytes
+    for most, number in ((0, 2), (3.5 * each, 3), (4 * each, 4), (6 * each, 6), (None, 6)):
+        found = draw(*arguments, most_bytes=most).images
+        assert len(found) == number
+        assert all(np.array_equal(a.image, b.image) for a, b in zip(found, whole, strict=False))
+
+
+def test_drawing_is_ended_when_no_more_phantoms_fit(monkeypatch):
+    ended: list[bool] = []
+
+    def endless(work, items, *options):
+        try:
+            while True:
+                yield work(0)
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(nnunet_start, "in_order", endless)
+    drawn = draw(ordinary_plans(), "2d", DATASET_JSON, recipe("shapes", images=2000), most_bytes=0)
+    assert len(drawn.images) == 50 and ended == [True]
+
+
+@pytest.mark.slow
+def test_processes_end_when_no_more_phantoms_fit(monkeypatch):
+    monkeypatch.setattr(nnunet_start, "FEWEST_IMAGES", 2)
+    arguments = (ordinary_plans(), "2d", DATASET_JSON, recipe("shapes", images=2000))
+    assert len(draw(*arguments, processes=2, most_bytes=0).images) == 2
+    assert not multiprocessing.active_children()
+
+
+def test_a_start_from_fewer_phantoms_says_so_in_the_log_and_for_good(folder, monkeypatch):
+    monkeypatch.setattr(nnunet_start, "FEWEST_IMAGES", 1)
+    monkeypatch.setattr(nnunet_start, "machine_memory_bytes", lambda: 1)
+    told: list[str] = []
+    plans = json.loads((folder / f"{PLANS}.json").read_text())
+    plans["differential_privacy"]["configurations"]["3d_fullres"]["start"]["iterations"] = 2
+    ensure_start(plans, "3d_fullres", DATASET_JSON, folder, CPU, 1, told.append)
+    assert "no more than 1 of 2 phantoms: a quarter of this machine's memory" in told
+    assert "only 1 phantoms were drawn" in told[-1]
+    (provenance,) = (folder / FOLDER).glob("*.json")
+    assert json.loads(provenance.read_text())["images_drawn"] == 1
+
+
+def test_where_all_phantoms_fit_nothing_is_said_of_memory(folder):
+    made = start(folder)
+    assert "images_drawn" not in made.provenance
+    assert dict(made.lines())["recipe"] == PublicStart.model_validate(made.provenance["recipe"]).describe()
+
+
 # ---- learning once -----------------------------------------------------------------------------------------------
 
 
@@ -123,6 +186,21 @@ def test_no_private_file_is_opened(folder, monkeypatch):
 def test_no_statistic_of_private_images_is_recorded(folder):
     """Intensities in the plans may come from the raw fingerprint; only CT normalisation needs them."""
     assert "12345" not in start(folder).file.with_suffix(".json").read_text()
+
+
+def test_drawing_and_learning_are_reported_apart_in_a_log(folder):
+    told: list[str] = []
+    plans = json.loads((folder / f"{PLANS}.json").read_text())
+    plans["differential_privacy"]["configurations"]["3d_fullres"]["start"]["iterations"] = 2
+    ensure_start(plans, "3d_fullres", DATASET_JSON, folder, CPU, 1, told.append)
+    phases = [line.split(",")[0] for line in told if "min left" in line]
+    assert phases == [f"{what}: {done} of 2" for what in ("phantoms drawn", "public start") for done in (1, 2)]
+
+
+def test_drawing_and_learning_are_one_bar(folder):
+    counted: list[tuple[int, int]] = []
+    start(folder, progress=lambda done, total: counted.append((done, total)))
+    assert counted == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_a_touched_start_is_refused(folder):
@@ -206,6 +284,153 @@ def test_a_checkpoint_and_the_declaration_go_together(folder, tmp_path, half, ca
     given = [*half, str(tmp_path / "public.pth")] if half == ["--from-public"] else half
     assert main(["pretrain", "-d", "4", "-c", "3d_fullres", "-p", PLANS, *given]) == 2
     assert "go together" in capsys.readouterr().err
+
+
+# ---- when a training makes it ------------------------------------------------------------------------------------
+
+MODEL = f"nnUNetTrainerDP_AutoS__{PLANS}__3d_fullres"
+
+
+@pytest.fixture
+def dataset(folder) -> Path:
+    """The planned dataset with its cases, as far as a trainer looks before it loads them."""
+    (folder / "nnUNetPlans_3d_fullres").mkdir()
+    for case in range(12):
+        (folder / "nnUNetPlans_3d_fullres" / f"tube_{case:02}.b2nd").touch()
+    return folder
+
+
+def trainer(dataset: Path, continuing: bool = False) -> trainers.nnUNetTrainerDP_AutoS:
+    plans = json.loads((dataset / f"{PLANS}.json").read_text())
+    return trainers.nnUNetTrainerDP_AutoS(
+        {**plans, "continue_training": continuing}, "3d_fullres", 0, DATASET_JSON, CPU
+    )  # fmt: skip
+
+
+def model(dataset: Path) -> Path:
+    return dataset.parents[1] / "results" / dataset.name / MODEL
+
+
+def charge(dataset: Path, **unit: str) -> None:
+    """A charge of an earlier run of the same fold, with its copy beside the model."""
+    (model(dataset) / "fold_0").mkdir(parents=True, exist_ok=True)
+    patients = find_patients(dataset)
+    known = {"unit": patients.unit, "units": patients.table_sha256} | unit
+    ledger = Ledger(dataset / LEDGER, f"{MODEL}/fold_0/1", "0a", model(dataset) / "fold_0" / LEDGER, **known)
+    ledger.charge(Charge(purpose="training", mechanism="gaussian", noise_multiplier=2.0, first_step=0))
+
+
+def charge_other_units(dataset: Path) -> None:
+    charge(dataset, unit="patient")
+
+
+def lose_the_ledger(dataset: Path) -> None:
+    charge(dataset)
+    (dataset / LEDGER).unlink()
+
+
+def edit_the_ledger(dataset: Path) -> None:
+    charge(dataset)
+    (dataset / LEDGER).write_text((dataset / LEDGER).read_text().replace("2.0", "9.0"))
+
+
+def lose_a_case(dataset: Path) -> None:
+    (dataset / "nnUNetPlans_3d_fullres" / "tube_03.b2nd").unlink()
+
+
+def spend_more(dataset: Path) -> None:
+    plans = json.loads((dataset / f"{PLANS}.json").read_text())
+    plans["differential_privacy"]["configurations"]["3d_fullres"]["noise_multiplier"] = 0.1
+    (dataset / f"{PLANS}.json").write_text(json.dumps(plans))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "continuing", "message"),
+    [
+        (charge_other_units, False, "charged per 'patient' of another table"),
+        (lose_the_ledger, False, "1 charges in .* are missing"),
+        (edit_the_ledger, False, "found it edited"),
+        (charge, True, "checkpoint_latest.pth is missing"),
+        (lose_a_case, False, "1 cases of this fold are not in"),
+        (spend_more, False, "this plan would spend"),
+    ],
+)
+def test_what_is_refused_without_a_charge_is_refused_before_the_start_is_made(
+    dataset, monkeypatch, spoil, continuing, message
+):
+    made: list[str] = []
+    monkeypatch.setattr(trainers, "ensure_start", lambda *words: made.append("start"))
+    spoil(dataset)
+    with pytest.raises(Refusal, match=message):
+        trainer(dataset, continuing).on_train_start()
+    assert not made and not (model(dataset) / "archive").exists()
+
+
+class Enough(Exception):
+    """The training was begun; what follows needs images."""
+
+
+@pytest.fixture
+def finished(dataset) -> Path:
+    """The fold's folder with an earlier, finished run."""
+    charge(dataset)
+    fold = model(dataset) / "fold_0"
+    write_checkpoint({"network_weights": {}}, fold / FINAL)
+    (fold / PROVENANCE).write_text("the earlier run's")
+    return fold
+
+
+def test_an_older_model_stays_where_it_is_until_the_start_is_made(dataset, finished, monkeypatch):
+    def interrupted(*words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainers, "ensure_start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(dataset).on_train_start()
+    assert (finished / FINAL).is_file() and (finished / PROVENANCE).read_text() == "the earlier run's"
+    assert len(read_ledger(dataset / LEDGER)) == 1
+
+
+@pytest.fixture
+def until_images(monkeypatch) -> Callable[..., None]:
+    """Train until the first image is wanted; a start has 0.25 in all weights."""
+
+    def stop(*words):
+        raise Enough
+
+    def begin(training, known: Path | None = None) -> None:
+        training.initialize()
+        weights = {name: torch.full_like(tensor, 0.25) for name, tensor in training.network.state_dict().items()}
+        monkeypatch.setattr(trainers, "ensure_start", lambda *words: stop() if known else (weights, {"sha256": "0a"}))
+        if known:
+            training.load_checkpoint(str(known))
+        with pytest.raises(Enough):
+            training.on_train_start()
+
+    monkeypatch.setattr(trainers.nnUNetTrainerDP, "get_dataloaders", stop)
+    monkeypatch.setattr(trainers.RunFolder, "lock", lambda run: None)  # of a process, and all runs here are in one
+    return begin
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_the_first_checkpoint_holds_the_start_and_the_older_model_keeps_its_own(dataset, request, until_images, older):
+    archived = older and request.getfixturevalue("finished")
+    until_images(trainer(dataset, continuing=not older))
+    fold = model(dataset) / "fold_0"
+    state = read_checkpoint(fold / LATEST)["private"]
+    assert all(bool((tensor == 0.25).all()) for tensor in (*state["weights"], *state["average"]))
+    assert json.loads((fold / PROVENANCE).read_text()) == {"sha256": "0a"}
+    kept = [file.read_text() for file in model(dataset).glob(f"archive/*/{PROVENANCE}")]
+    assert kept == (["the earlier run's"] if archived else [])
+
+
+def test_a_run_that_goes_on_has_its_own_weights_and_makes_no_start(dataset, finished, until_images):
+    until_images(trainer(dataset))
+    going_on = trainer(dataset, continuing=True)
+    until_images(going_on, finished / LATEST)
+    assert going_on.private is not None  # it came as far as the first
+    assert all(bool((parameter == 0.25).all()) for parameter in going_on.network.parameters())
+    assert len(list(model(dataset).glob("archive/*"))) == 1
 
 
 # ---- loss --------------------------------------------------------------------------------------------------------

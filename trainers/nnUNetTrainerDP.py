@@ -36,8 +36,9 @@ from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import epsilon_of
 from nnunet_dp.clipping import RULE_NAMES
 from nnunet_dp.dpsgd import Execution, PrivateTraining
-from nnunet_dp.errors import Refusal
-from nnunet_dp.learning import boxes_around, learn_once, own_rules, reference_facts
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.learning import ballot_for, boxes_around, learn_once, own_rules, reference_facts
+from nnunet_dp.ledger import Ledger
 from nnunet_dp.loading import PatientLoader
 from nnunet_dp.morphology import FILE
 from nnunet_dp.nnunet_planning import self_configured
@@ -48,7 +49,6 @@ from nnunet_dp.report import banner, plot_spending
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
 from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 from nnunet_dp.splits import fold_slots
-from nnunet_dp.workers import in_tenths
 
 IN_NETWORK = (None, "fixed", "adaptive", "training_only")  # morphology of the logits
 
@@ -278,8 +278,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
         plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
         plan.verify()
-        self._begin_from_public_start()
-        self._start(run, slots, plan)
+        self._refuse_early(run, slots, plan)
+        provenance = self._begin_from_public_start()
+        self._start(run, slots, plan, provenance)
         self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self.set_deep_supervision_enabled(self.enable_deep_supervision)
         self._write_model_files()
@@ -287,30 +288,53 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self._learn_morphology(slots)
         self._started = time(), self.private.step
 
-    def _begin_from_public_start(self):
-        """What the network learnt from phantoms, made now if nobody has; a run that goes on has its own weights."""
-        if self._resume is not None or self.private_plan.start is None:
+    def _begins_from_public_start(self):
+        """A run that goes on has its own weights."""
+        return self._resume is None and self.private_plan.start is not None
+
+    def _refuse_early(self, run, slots, plan):
+        """What ``_start`` would refuse, before half an hour goes into a public start; nothing is charged."""
+        if not self._begins_from_public_start():
             return
+        patients = self._patients()
+        run.verify_ledger()
+        Ledger(run.dataset_ledger, run.name, plan.digest(), None, patients.unit, patients.table_sha256)
+        if self.continuing:  # opens the run only where this fold was never charged: no older run to archive
+            self._open(run, plan)
+        if plan.morphology is not None:  # classes that cannot be refined are refused
+            noise = plan.morphology.noise_multiplier
+            ballot_for(self.dataset_json, self.configuration_manager.spacing, len(slots), noise)
+
+    def _begin_from_public_start(self):
+        """Load what the network learnt from phantoms, made now if nobody has; how it came about, for ``_start``."""
+        if not self._begins_from_public_start():
+            return None
         weights, provenance = ensure_start(
             self.plans_manager.plans, self.configuration_name, self.dataset_json,
-            Path(self.preprocessed_dataset_folder_base), self.device, get_allowed_n_proc_DA(),
-            self.print_to_log_file, in_tenths(self.print_to_log_file, "public start"),
+            Path(self.preprocessed_dataset_folder_base), self.device, get_allowed_n_proc_DA(), self.print_to_log_file,
         )  # fmt: skip
         network = self._module()
         (network.network if self.in_network else network).load_state_dict(weights)
-        save_json(provenance, str(Path(self.output_folder) / PROVENANCE), sort_keys=False)
+        return provenance
 
-    def _start(self, run, slots, plan):
+    def _open(self, run, plan):
+        """The run's ledger; an older model of the fold is archived."""
         patients = self._patients()
         unit, units = patients.unit, patients.table_sha256
         if self._resume:
-            ledger = run.resume(self._resume, unit, units)
-        else:
-            ledger = run.start(plan.digest(), self.continuing, Path(self.log_file), unit, units)
+            return run.resume(self._resume, unit, units)
+        ledger = run.start(plan.digest(), self.continuing, Path(self.log_file), unit, units)
         if run.archived:
             self.print_to_log_file(
                 f"An older model of this fold was moved to {run.archived}; its charges stay (--c would have gone on)."
             )
+        return ledger
+
+    def _start(self, run, slots, plan, provenance):
+        """Open the run and write its first checkpoint; from then on nothing that could be refused is left to do."""
+        ledger = self._open(run, plan)
+        if provenance is not None:
+            save_json(provenance, str(Path(self.output_folder) / PROVENANCE), sort_keys=False)
         schedule = self.private_plan.schedule(self.clip_rule)
         execution = Execution(self.device, autocast=functools.partial(nnunet.autocast, self.device))
         self.private = PrivateTraining(self.network, self.loss, plan, schedule, execution, ledger)
@@ -576,3 +600,14 @@ class nnUNetTrainerDP_PerLayer(nnUNetTrainerDP):
     """Each layer clamped by itself."""
 
     clip_rule = "per_layer"
+
+
+class nnUNetTrainerDP_Federated(nnUNetTrainer):
+    """Door of a federated model: nnU-Net predicts with it. Sites train it together, so ``nnUNetv2_train`` cannot."""
+
+    @_refuse_cleanly
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        raise UsageRefusal(
+            "a federated model should be trained by its sites together, found nnUNetv2_train: type `nnunet-dp fed "
+            "simulate --datasets ...` (one machine) or `nnunet-dp fed --help`; nnUNetv2_predict works as always"
+        )
