@@ -23,5 +23,11 @@ TRAINER_NAMES: tuple[str, ...] = (
     "nnUNetTrainerDP_PSAC",
     "nnUNetTrainerDP_Quantile",
     "nnUNetTrainerDP_PerLayer",
+    "nnUNetTrainerDP_Federated",
 )
-"""Class names that ``-tr`` accepts: one per clip rule, the plain name clips flat; Morph refines inside the network."""
+"""Class names that ``-tr`` accepts: one per clip rule, the plain name clips flat; Morph refines inside the network.
+
+Federated is known to ``nnUNetv2_predict`` alone: its models are trained by ``nnunet-dp fed``."""
+
+TRAINING_NAMES = tuple(name for name in TRAINER_NAMES if name != "nnUNetTrainerDP_Federated")
+"""Those that ``nnUNetv2_train`` accepts."""

@@ -12,6 +12,7 @@ status     :func:`nnunet_dp.status.read_status`             what was spent, as a
 morph      :mod:`nnunet_dp.learning`, ``refined_folder``    the rules, or how many files were refined
 predict    :func:`nnunet_dp.prediction.predict`             nnU-Net's output, and what was refined
 evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with intervals
+fed        :mod:`nnunet_dp.cli_fed`                         what a federated run does and comes to
 =========  ===============================================  =====================================
 
 Exit codes: 0 ok, 1 a check failed, 2 usage, 3 the budget refuses, 130 interrupted. Expected errors are one
@@ -38,6 +39,7 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_dp import TRAINER_NAMES, __version__
+from nnunet_dp.cli_fed import fed
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.workers import Progress, is_tenth
 
@@ -377,6 +379,7 @@ morph = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(morph, name="morph")
+app.add_typer(fed, name="fed")
 
 
 @morph.command("learn")

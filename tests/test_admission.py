@@ -10,7 +10,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from ordinary_plans import architecture
 from torch import nn
 
-from nnunet_dp import TRAINER_NAMES
+from nnunet_dp import TRAINING_NAMES
 from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.clipping import RULE_NAMES
 from nnunet_dp.errors import Refusal
@@ -144,7 +144,7 @@ def refuse_overrides_of(kind: type) -> None:
     object.__new__(kind)._refuse_overrides()
 
 
-@pytest.mark.parametrize("name", TRAINER_NAMES)
+@pytest.mark.parametrize("name", TRAINING_NAMES)
 def test_our_own_trainers_override_nothing(name):
     kind = getattr(module, name)
     refuse_overrides_of(kind)

@@ -37,7 +37,7 @@ from doors import (
     wait_until,
 )
 
-from nnunet_dp import TRAINER_NAMES
+from nnunet_dp import TRAINING_NAMES
 
 pytestmark = pytest.mark.slow
 
@@ -132,7 +132,7 @@ def assert_refused(model: Model, words: str, *options: object, exit_code: int = 
 # ---- every trainer, every kind of dataset ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("trainer", TRAINER_NAMES)
+@pytest.mark.parametrize("trainer", TRAINING_NAMES)
 def test_every_trainer_trains(trainer, place):
     model = Model(place, trainer, PRIVATE)
     console = model.train()

@@ -1,0 +1,437 @@
+"""Federated training between machines: what each hospital and the coordinator type, one function for each.
+
+    hospital      init_site   FOLDER/site.toml, FOLDER/site_key, FOLDER/site_key.pub
+                  run_site    connects and answers, until Ctrl-C
+    coordinator   run_server  FOLDER/certificates, FOLDER/server: listens and lets registered keys in, until Ctrl-C
+                  run         FOLDER/runs/RUN: a run over the sites that are connected
+
+Two things pass between people before anything passes between machines: ``ca.pem`` to the hospitals, so that they talk
+to this coordinator and nobody else, and each ``site_key.pub`` to the coordinator. Neither is secret; who swaps one on
+its way could pose as the other side, so compare what ``sha256sum`` says of them by telephone.
+
+Design note: without TLS a key proves nothing, so ``--insecure`` leaves out both; it is for trying out on one machine.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
+from nnunet_dp.federated.site_settings import SiteSettings, read_settings
+from nnunet_dp.replacing import replacing
+from nnunet_dp.workers import Progress
+
+Say = Callable[[str], None]
+SETTINGS, KEY, AUTHORITY = "site.toml", "site_key", "ca.pem"
+SERVER, CERTIFICATES, RUNS = "server_now.json", "certificates", "runs"
+_EXTRA = "federated training needs flwr: pip install 'nnunet-dp[federated]'"
+
+_SETTINGS = """\
+# This site's settings for `nnunet-dp fed site`. No coordinator can change or raise what stands here.
+
+name = {name}              # public: it stands in the coordinator's progress lines
+dataset = {dataset}        # nnU-Net's id or name; its patients.csv says which cases belong to one patient
+
+# Most that this dataset's patients may ever spend, over every run that its ledger knows. A run that asks for more is
+# declined; a run that would bring the total above it ends early for this site.
+max_epsilon = {max_epsilon}
+{delta}
+# Where nnU-Net's folders are; without these lines the environment says.
+# raw = "..."
+# preprocessed = "..."
+# results = "..."
+
+device = {device}
+processes = {processes}    # beside the training: they load patients, and preprocess
+
+# Modes without any privacy guarantee (fedavg, paper) are declined. Only for data that need no protection:
+# allow_no_guarantee = true
+"""
+_OWN_DELTA = "\n# Of that epsilon; below 1 / number of patients.\ndelta = {delta}\n"
+_RULED_DELTA = "\n# Of that epsilon; left out, it follows the number N of patients, 1 / (10 N).\n# delta = 1e-5\n"
+
+
+# ---- a hospital --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NewSite:
+    """What a hospital decides at first; see ``SiteSettings``."""
+
+    name: str
+    dataset: str
+    max_epsilon: float
+    delta: float | None = None
+    device: str = "cpu"
+    processes: int = 1
+
+    def text(self) -> str:
+        """The settings file, with an explanation of each line."""
+        delta = _RULED_DELTA if self.delta is None else _OWN_DELTA.format(delta=self.delta)
+        quoted = {key: json.dumps(getattr(self, key)) for key in ("name", "dataset", "device")}
+        return _SETTINGS.format(
+            **quoted, max_epsilon=float(self.max_epsilon), delta=delta, processes=self.processes
+        )
+
+
+def init_site(folder: Path, site: NewSite) -> list[str]:
+    """Write a hospital's settings and key pair.
+
+    Args:
+        folder: new, or without settings.
+        site: what it decides.
+
+    Returns:
+        Lines for people: what to send, what to type next.
+
+    Raises:
+        UsageRefusal: for impossible settings, and where settings or keys exist.
+    """
+    file = folder / SETTINGS
+    if file.exists() or (folder / KEY).exists():
+        raise UsageRefusal(f"{folder.name} holds settings or a key already: edit {SETTINGS}, or name another folder")
+    _refuse_impossible(site, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(file) as stream:
+        stream.write(site.text().encode())
+    lines = [f"Wrote {file}: read it, and complete it."]
+    public = _make_key(folder)
+    if public is None:
+        return [*lines, f"No key pair: {_EXTRA}, then `nnunet-dp fed init-site` into another folder."]
+    return [
+        *lines,
+        f"Send to the coordinator: {public} (public). Keep to yourself: {folder / KEY}",
+        f"Get from the coordinator: {AUTHORITY}, to be put into {folder}, and the server's address.",
+        f"Next: nnunet-dp fed site {folder} --server HOST:PORT",
+    ]
+
+
+def _refuse_impossible(site: NewSite, folder: Path) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as trial:
+        (Path(trial) / SETTINGS).write_text(site.text())
+        settings = read_settings(Path(trial) / SETTINGS)
+    if settings.name != site.name:
+        raise UsageRefusal(f"{folder.name}: the settings should hold what was given")
+
+
+def _make_key(folder: Path) -> Path | None:
+    try:
+        from nnunet_dp.federated.flower_keys import make_key_pair  # cryptography comes with the extra
+    except ImportError:
+        return None
+    return make_key_pair(folder / KEY)
+
+
+def run_site(folder: Path, address: str, root_certificate: Path | None, insecure: bool, say: Say) -> None:
+    """Connect a hospital's dataset to a server until Ctrl-C.
+
+    Args:
+        folder: as ``init_site`` made it.
+        address: HOST:PORT.
+        root_certificate: that the server is checked with; None takes the one in the folder.
+        insecure: without TLS and key.
+        say: told what becomes of the process.
+
+    Raises:
+        UsageRefusal: before it starts, for settings, certificate or key that are missing.
+    """
+    settings = read_settings(folder / SETTINGS)
+    _refuse_address(address)
+    authority = root_certificate or (folder / AUTHORITY if (folder / AUTHORITY).is_file() else None)
+    if insecure == (authority is not None):
+        raise UsageRefusal(
+            "the server should be checked with the coordinator's ca.pem: --root-certificate FILE, or FOLDER/ca.pem; "
+            "--insecure instead is only for trying out on one machine"
+        )
+    key = None if insecure else folder / KEY
+    if key is not None and not key.is_file():
+        raise UsageRefusal(f"{folder.name} should hold the key {KEY}: `nnunet-dp fed init-site` makes one")
+    processes = _processes(folder / "flower")
+    from nnunet_dp.federated.flower_environment import Server
+
+    with processes as flower:
+        flower.start_supernode(settings.name, folder / SETTINGS, Server(address, authority), key)
+        say(f"{settings.name} takes part with {settings.dataset_name()} at {address}, at most epsilon "
+            f"{settings.max_epsilon:g} in all; Ctrl-C ends it. Its log: {_log_of(settings)}")  # fmt: skip
+        flower.watch(say)
+
+
+def _log_of(settings: SiteSettings) -> Path:
+    return settings.folder("results") / settings.dataset_name() / "federated_log.txt"
+
+
+# ---- the coordinator ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NewServer:
+    """What a server is started with.
+
+    Attributes:
+        host: address to listen on.
+        port: to listen on.
+        names: under which sites reach it; for a certificate that is made.
+        certificate: the server's own, PEM; None makes one.
+        key: of it.
+        authority: certificate of who signed it.
+        register: sites' public keys.
+        insecure: without TLS and keys.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 9092
+    names: tuple[str, ...] = ()
+    certificate: Path | None = None
+    key: Path | None = None
+    authority: Path | None = None
+    register: tuple[Path, ...] = ()
+    insecure: bool = False
+
+    def refuse_senseless(self) -> None:
+        """Refuse options that contradict each other.
+
+        Raises:
+            UsageRefusal: saying which to give.
+        """
+        own = [part is not None for part in (self.certificate, self.key, self.authority)]
+        if any(own) and not all(own):
+            raise UsageRefusal("--certificate, --key and --authority go together: give all three, or none")
+        if self.insecure and (any(own) or self.register or self.names):
+            raise UsageRefusal("--insecure has neither certificates nor keys: leave the others out")
+
+
+def run_server(folder: Path, given: NewServer, say: Say) -> None:
+    """Run the server until Ctrl-C; beside a server that runs in the folder, register keys and return.
+
+    Args:
+        folder: the coordinator's.
+        given: what it is started with.
+        say: told where it listens and which keys it knows.
+
+    Raises:
+        UsageRefusal: for options without sense.
+        Refusal: when it does not start.
+    """
+    given.refuse_senseless()
+    if given.register and is_running(folder):
+        flower, server = _processes(folder), read_server(folder)
+        _register(flower, server, given.register, say)
+        return
+    if is_running(folder):
+        raise UsageRefusal(f"a server runs in {folder.name} already: stop it first, or register keys with --register")
+    processes = _processes(folder)
+    certificates = None if given.insecure else _certificates(folder, given, say)
+    with processes as flower:
+        server = flower.start_superlink(given.host, given.port, certificates, authenticate=not given.insecure)
+        _note_server(folder, server)
+        try:
+            say(f"Listening at {given.host}:{given.port}, {'WITHOUT TLS and keys' if given.insecure else 'with TLS'}; "
+                "Ctrl-C ends it.")  # fmt: skip
+            _register(flower, server, given.register, say)
+            say(f"Next: nnunet-dp fed run {folder} --sites K --patients N --dataset-json FILE --rounds 20 --epsilon 8")
+            flower.watch(say)
+        finally:
+            (folder / SERVER).unlink(missing_ok=True)
+
+
+def _certificates(folder: Path, given: NewServer, say: Say) -> Any:
+    from nnunet_dp.federated.flower_keys import Certificates, make_certificates
+
+    if given.certificate is not None and given.key is not None and given.authority is not None:
+        return Certificates(given.authority, given.certificate, given.key)
+    kept = Certificates.within(folder / CERTIFICATES)
+    if kept.certificate.is_file():
+        return kept
+    made = make_certificates(folder / CERTIFICATES, given.names)
+    say(f"Made certificates for {', '.join((*given.names, 'this machine'))}. Send to every site: {made.authority}")
+    return made
+
+
+def _register(flower: Any, server: Any, keys: tuple[Path, ...], say: Say) -> None:
+    for key in keys:
+        flower.register(server, key)
+        say(f"Registered {key.name}.")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a coordinator types beside the run's options.
+
+    Attributes:
+        sites: that take part.
+        patients: over all sites; public.
+        dataset_json: file of the description.
+        model_dataset: DatasetXXX_Name of the model.
+        device: for the public start.
+        processes: that draw phantoms.
+        address: of the server; None takes the one that runs in the folder.
+    """
+
+    sites: int
+    patients: int
+    dataset_json: Path
+    model_dataset: str = "Dataset900_Federated"
+    device: str = "cpu"
+    processes: int = 1
+    address: str | None = None
+
+
+def run(folder: Path, asked: Asked, options: Any, say: Say, progress: Progress | None = None) -> Path:
+    """Decide a run and follow it to its end.
+
+    Args:
+        folder: of the server that runs on this machine.
+        asked: sites and model.
+        options: ``new_run.RunOptions``.
+        say: told everything that is going on.
+        progress: told about the public start.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UsageRefusal: for options without sense, and where no server runs.
+        Refusal: when the run ended otherwise than by finishing.
+    """
+    from nnunet_dp.federated.new_run import Sites, find_plans, make_run
+    from nnunet_dp.federated.simulate import device_of
+    from nnunet_dp.federated.site import public_part
+    from nnunet_dp.nnunet_federated import default_configuration
+
+    options.refuse_senseless(asked.sites)
+    server = read_server(folder, asked.address)
+    try:
+        described = public_part(json.loads(asked.dataset_json.read_text()))
+        configuration = options.configuration or default_configuration(described)
+    except (ValueError, KeyError):
+        raise UsageRefusal(
+            f"{asked.dataset_json.name} should be nnU-Net's dataset.json with channel_names, labels and file_ending"
+        ) from None
+    made = make_run(
+        folder=(folder / RUNS / f"run_{secrets.token_hex(4)}").resolve(),
+        options=options,
+        dataset_json=described,
+        configuration=configuration,
+        sites=Sites(asked.sites, asked.patients, "patient", options.delta),
+        found=find_plans(options, described),
+        model_dataset=asked.model_dataset,
+        starts=folder.resolve(),
+        device=device_of(asked.device),
+        processes=asked.processes,
+        names=tuple(options.weights),
+        say=say,
+        progress=progress,
+    )
+    return follow(folder, made.folder, server, say)
+
+
+def resume(folder: Path, run_folder: Path, address: str | None, say: Say) -> Path:
+    """Go on with a run after its last round.
+
+    Raises:
+        UsageRefusal: for a folder without a run, and where no server runs.
+    """
+    from nnunet_dp.federated.new_run import CONFIG
+
+    if not (run_folder / CONFIG).is_file():
+        raise UsageRefusal(f"{run_folder.name} should be the folder of a run, found no {CONFIG}: see FOLDER/{RUNS}")
+    return follow(folder, run_folder.resolve(), read_server(folder, address), say)
+
+
+def follow(folder: Path, run_folder: Path, server: Any, say: Say) -> Path:
+    """Submit a run and follow it; Ctrl-C stops it at the server, too.
+
+    Raises:
+        Refusal: when it ended otherwise than by finishing.
+    """
+    from nnunet_dp.federated.flower_environment import flwr
+    from nnunet_dp.federated.new_run import CONFIG
+
+    flower = _processes(folder)
+    submitted = flower.submit(server, run_folder / CONFIG, run_folder)
+    try:
+        end = flower.wait(submitted, say)
+    except BaseException:
+        flwr(server, "stop", submitted.run_id)
+        raise
+    if end.exit_code:
+        raise ended_early(end, f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on")
+    return run_folder
+
+
+def ended_early(end: Any, again: str) -> Refusal:
+    """The coordinator's own refusal, with its exit code and how to go on."""
+    kind = next((kind for kind in (UsageRefusal, BudgetRefusal) if kind.exit_code == end.exit_code), Refusal)
+    return kind(f"the run ended early: {end.message}; {again}")
+
+
+# ---- the server that runs ----------------------------------------------------------------------------------------
+
+
+def _note_server(folder: Path, server: Any) -> None:
+    """For commands typed beside it: how to reach the server, and which process runs it."""
+    from nnunet_dp.federated.process_table import Process
+
+    authority = str(server.authority) if server.authority else None
+    content = {"address": server.address, "authority": authority, "process": vars(Process.of(os.getpid()))}
+    with replacing(folder / SERVER) as stream:
+        stream.write(json.dumps(content, indent=1).encode())
+
+
+def is_running(folder: Path) -> bool:
+    """Whether ``run_server`` runs in this folder of this machine."""
+    from nnunet_dp.federated import process_table
+
+    file = folder / SERVER
+    if not file.is_file():
+        return False
+    return process_table.is_running(process_table.Process(**json.loads(file.read_text())["process"]))
+
+
+def read_server(folder: Path, address: str | None = None) -> Any:
+    """The server that runs in a folder of this machine.
+
+    Raises:
+        UsageRefusal: where none runs, or it is another than the named one.
+    """
+    if not is_running(folder):
+        raise UsageRefusal(f"no server runs in {folder.name} on this machine: start `nnunet-dp fed server {folder}`")
+    from nnunet_dp.federated.flower_environment import Server
+
+    known = json.loads((folder / SERVER).read_text())
+    if address not in (None, known["address"]):
+        raise UsageRefusal(f"the server in {folder.name} is at {known['address']}, found --server {address}")
+    authority = Path(known["authority"]) if known["authority"] else None
+    return Server(known["address"], authority, (folder / "server").resolve())
+
+
+def _processes(folder: Path) -> Any:
+    refuse_without_flower()
+    from nnunet_dp.federated.flower_processes import FlowerProcesses
+
+    return FlowerProcesses(folder)
+
+
+def refuse_without_flower() -> None:
+    """Refuse where the extra is not installed.
+
+    Raises:
+        UsageRefusal: with the command that installs it.
+    """
+    if importlib.util.find_spec("flwr") is None:
+        raise UsageRefusal(_EXTRA)
+
+
+def _refuse_address(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageRefusal(f"--server should be HOST:PORT, found {address!r}; type: --server coordinator.example:9092")

@@ -1,0 +1,89 @@
+"""A run as Flower sees it: what is submitted, and what its coordinator leaves in the run's folder as it goes.
+
+See ``flower_server`` for the files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunet_dp.federated.process_table import Process, is_running
+
+LINES, APP, ENDED = "server_lines.txt", "server_app.json", "server_ended.json"
+MANIFEST = """[project]
+name = "nnunet-dp-federated"
+version = "1.0.0"
+description = "Federated private training; the code is that of the installed nnunet_dp"
+license = "Apache-2.0"
+
+[tool.flwr.app]
+publisher = "nnunet-dp"
+
+[tool.flwr.app.components]
+serverapp = "nnunet_dp.federated.flower_server:app"
+clientapp = "nnunet_dp.federated.flower_client:app"
+
+[tool.flwr.app.config]
+config = ""
+folder = ""
+"""
+"""All there is of our Flower app: no code travels."""
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """A run that was submitted.
+
+    Attributes:
+        run_id: Flower's.
+        folder: of the run.
+        said_bytes: length of what coordinators had said in this folder before.
+    """
+
+    run_id: str
+    folder: Path
+    said_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class End:
+    """How a run ended.
+
+    Attributes:
+        exit_code: 0 when the coordinator reached its end.
+        message: what it said otherwise.
+    """
+
+    exit_code: int
+    message: str = ""
+
+
+class Lines:
+    """The lines that are added to a file after the given number of bytes."""
+
+    def __init__(self, file: Path, offset: int) -> None:
+        self._file, self._offset = file, offset
+
+    def new(self) -> list[str]:
+        """Whole lines since the last call."""
+        if not self._file.is_file():
+            return []
+        with self._file.open("rb") as stream:
+            stream.seek(self._offset)
+            whole = stream.read().rpartition(b"\n")[0]
+        self._offset += len(whole) + 1 if whole else 0
+        return whole.decode(errors="replace").split("\n") if whole else []
+
+
+def ended(folder: Path) -> End | None:
+    """How the coordinator of this folder ended; None where it has not."""
+    file = folder / ENDED
+    return End(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def was_killed(folder: Path) -> bool:
+    """Whether the coordinator of this folder had begun and its process is gone."""
+    file = folder / APP
+    return file.is_file() and not is_running(Process(**json.loads(file.read_text())))

@@ -1,0 +1,296 @@
+"""What a federated run came to: per site what was spent, in how many rounds, and what that does and does not promise.
+
+Sites hold different patients, so the guarantee of a run is the largest epsilon of its sites; a patient who is known to
+several sites pays the sum. What sites reported is in the run's own files; where a site's ledger lies on this machine
+(a simulation, or the site itself), epsilon is counted again from it, and a report that says less is refused.
+
+    folder    of a run (config.json, federated.json beside the model) or of a model (federated.json)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.federated.protocol import Mode
+
+FEDERATED, CONFIG, SETTINGS, RESULT = "federated.json", "config.json", "settings", "federated_result.json"
+NO_GUARANTEE = "no guarantee"
+SUM = "costs add for a patient known to several sites"
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class SiteSummary:
+    """What one site spent on the run.
+
+    Attributes:
+        name: declared.
+        rounds: in which its update was used.
+        epsilon: spent, as reported; None without a guarantee and before its first round.
+        delta: of it.
+        unit: of it.
+        recounted: epsilon from its own ledger, where that is at hand.
+        dataset_total: epsilon of every run on its dataset, from the same ledger.
+    """
+
+    name: str
+    rounds: int
+    epsilon: float | None = None
+    delta: float | None = None
+    unit: str | None = None
+    recounted: float | None = None
+    dataset_total: float | None = None
+
+    @property
+    def spent(self) -> float | None:
+        """What the ledger says, else what was reported."""
+        return self.epsilon if self.recounted is None else self.recounted
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        told = {"name": self.name, "epsilon_spent": self.spent, "delta": self.delta, "unit": self.unit}
+        counted = {"recounted": self.recounted is not None, "epsilon_dataset_total": self.dataset_total}
+        return {**told, "rounds": self.rounds, **counted}
+
+    def line(self, private: bool) -> str:
+        """For people."""
+        if self.spent is None or not private:
+            return f"{self.rounds} rounds, {'nothing spent' if private else NO_GUARANTEE}"
+        how = "counted from its ledger" if self.recounted is not None else "as reported"
+        total = f"; its dataset in total {self.dataset_total:.4g}" if self.dataset_total is not None else ""
+        return f"epsilon {self.spent:.4g} at delta {self.delta:g} per {self.unit}, {self.rounds} rounds, {how}{total}"
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's claim.
+
+    Attributes:
+        run: identifier.
+        mode: of training.
+        rounds: that counted.
+        complete: whether all planned rounds were done.
+        sites: in the order of their names.
+        model_folder: the model's folder, as far as it is known here.
+        planned: epsilon of each site and number of rounds, where the run's folder is at hand.
+        client_level: epsilon and delta for whole sites, where asked for.
+        inputs: what plans and first weights are a function of.
+        not_covered: what the guarantee leaves out.
+    """
+
+    run: str
+    mode: Mode
+    rounds: int
+    complete: bool
+    sites: tuple[SiteSummary, ...]
+    model_folder: Path | None = None
+    planned: tuple[float, int] | None = None
+    client_level: Mapping[str, float] | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    not_covered: tuple[str, ...] = ()
+
+    @property
+    def private(self) -> bool:
+        """Whether the mode has a guarantee."""
+        return self.mode in (Mode.dp_fedavg, Mode.adp_fl)
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest of the sites'."""
+        spent = [site.spent for site in self.sites if site.spent is not None]
+        return max(spent) if spent and self.private else None
+
+    @property
+    def guarantee(self) -> str:
+        """In words."""
+        if not self.private:
+            return f"{NO_GUARANTEE}: {self.mode.value} is for comparison, do not release its weights"
+        if self.epsilon is None:
+            return "nothing spent yet"
+        units = ", ".join(sorted({str(site.unit) for site in self.sites if site.unit}))
+        return f"epsilon {self.epsilon:.4g} per {units}, the largest of the sites'; {SUM}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        epsilon, rounds = self.planned or (None, None)
+        return {
+            "model_folder": str(self.model_folder) if self.model_folder else None,
+            "sites": [site.as_dict() for site in self.sites],
+            "run": self.run,
+            "mode": self.mode.value,
+            "guarantee": self.guarantee,
+            "epsilon_max": self.epsilon,
+            "epsilon_target": epsilon,
+            "rounds": self.rounds,
+            "rounds_planned": rounds,
+            "complete": self.complete,
+            "client_level": dict(self.client_level) if self.client_level else None,
+            "inputs": dict(self.inputs),
+            "not_covered": list(self.not_covered),
+        }
+
+    def lines(self) -> list[tuple[str, str]]:
+        """Label and value, for a table."""
+        state = "complete" if self.complete else "not complete"
+        target = f" of {self.planned[1]}" if self.planned else ""
+        whole = self.client_level
+        words = "epsilon {epsilon:.4g} at delta {delta:g} per site".format(**whole) if whole else ""
+        level = [("whole sites", words)] if whole else []
+        return [
+            ("run", f"{self.run}, mode {self.mode.value}"),
+            ("guarantee", self.guarantee),
+            *((site.name, site.line(self.private)) for site in self.sites),
+            *level,
+            ("rounds", f"{self.rounds}{target}; {state}"),
+            *([("model", str(self.model_folder))] if self.model_folder else []),
+            *self.inputs.items(),
+            ("NOT covered", "; ".join(self.not_covered)),
+        ]
+
+
+# ---- recounting --------------------------------------------------------------------------------------------------
+
+
+def recounted(summary: Summary, places: Mapping[str, tuple[Path, Path]]) -> Summary:
+    """The summary with epsilon counted from the ledgers that are at hand.
+
+    Args:
+        summary: as reported.
+        places: of each site whose files lie here: results and preprocessed folder of its dataset.
+
+    Raises:
+        Refusal: when a ledger says more than was reported.
+    """
+    if not summary.private:
+        return summary
+    counted = (_recount(site, summary, *places[site.name]) if site.name in places else site for site in summary.sites)
+    return replace(summary, sites=tuple(counted))
+
+
+def _recount(site: SiteSummary, summary: Summary, results: Path, preprocessed: Path) -> SiteSummary:
+    from nnunet_dp.charges import epsilon_of
+    from nnunet_dp.ledger import read_copy, read_ledger
+    from nnunet_dp.run import LEDGER
+
+    fold = _fold_of(summary.run, results)
+    if fold is None or site.delta is None or not (fold / LEDGER).is_file():
+        return site
+    own = read_copy(fold / LEDGER)
+    spent = epsilon_of(own, site.delta)
+    if site.epsilon is not None and site.epsilon > spent + _TOLERANCE:
+        raise Refusal(
+            f"{site.name} reported epsilon {site.epsilon:.4g}, the ledger beside its weights proves only {spent:.4g}: "
+            f"put {LEDGER} back from a backup"
+        )
+    whole = preprocessed / LEDGER
+    total = epsilon_of(read_ledger(whole), site.delta) if whole.is_file() else None
+    return replace(site, recounted=spent, dataset_total=total)
+
+
+def _fold_of(run: str, results: Path) -> Path | None:
+    """The site's own folder of a run, archived or not; its checkpoint says which run it is."""
+    from nnunet_dp.run import LATEST, read_checkpoint
+
+    for file in sorted(results.rglob(f"nnUNetTrainerDP_Federated__*/**/{LATEST}")):
+        if read_checkpoint(file).get("federated", {}).get("run") == run:
+            return file.parent
+    return None
+
+
+def places_of(folder: Path) -> Iterator[tuple[str, tuple[Path, Path]]]:
+    """Sites whose settings lie in a simulation's folder, with their results and preprocessed folders."""
+    from nnunet_dp.federated.site_settings import read_settings
+
+    for file in sorted((folder / SETTINGS).glob("*.toml")):
+        settings = read_settings(file)
+        dataset = settings.dataset_name()
+        yield settings.name, (settings.folder("results") / dataset, settings.folder("preprocessed") / dataset)
+
+
+# ---- files -------------------------------------------------------------------------------------------------------
+
+
+def read_summary(folder: Path) -> Summary:
+    """A run's or a model's summary, recounted where ledgers are at hand.
+
+    Args:
+        folder: of a run, of a model, or of a model's fold.
+
+    Raises:
+        UsageRefusal: for a folder that is neither.
+        Refusal: when a ledger says less than was reported.
+    """
+    folder = Path(folder).resolve()
+    model = next((place for place in (folder, folder.parent) if (place / FEDERATED).is_file()), None)
+    if model is not None:
+        told = _of_result(json.loads((model / FEDERATED).read_text()), model)
+        run_folder = _run_folder(told.run)
+        return told if run_folder is None else recounted(_with_plan(told, run_folder), dict(places_of(run_folder)))
+    if (folder / CONFIG).is_file():
+        told = _of_result(json.loads((folder / RESULT).read_text())) if (folder / RESULT).is_file() else _begun(folder)
+        return recounted(_with_plan(told, folder), dict(places_of(folder)))
+    raise UsageRefusal(
+        f"{folder.name} should be the folder of a federated run or model, found neither {CONFIG} nor {FEDERATED}: give "
+        "the folder that `nnunet-dp fed simulate` or `nnunet-dp fed run` named"
+    )
+
+
+def _run_folder(run: str) -> Path | None:
+    """Where a simulation of that run lies on this machine, if it lies where they are made."""
+    base = os.environ.get("nnUNet_results")
+    for config in Path(base or ".").glob(f"federated_runs/*/{CONFIG}") if base else ():
+        if json.loads(config.read_text())["terms"]["run"] == run:
+            return config.parent
+    return None
+
+
+def _with_plan(summary: Summary, folder: Path) -> Summary:
+    config = json.loads((folder / CONFIG).read_text())
+    model = summary.model_folder or Path(config["model_folder"])
+    planned = config["terms"]["epsilon"], config["terms"]["rounds"]
+    return replace(summary, planned=planned, model_folder=model if model.is_dir() else None)
+
+
+def _of_result(result: Mapping[str, Any], model: Path | None = None) -> Summary:
+    """From what the coordinator wrote in the end (``coordinator.Result``)."""
+    sites = (
+        SiteSummary(told["name"], told["rounds"], told["epsilon_spent"], told["delta"], told["unit"])
+        for told in result["sites"]
+    )
+    return Summary(
+        run=result["run"],
+        mode=Mode(result["mode"]),
+        rounds=result["rounds"],
+        complete=result["complete"],
+        sites=tuple(sites),
+        model_folder=model,
+        client_level=result.get("client_level"),
+        inputs=result.get("inputs", {}),
+        not_covered=tuple(result.get("not_covered", ())),
+    )
+
+
+def _begun(folder: Path) -> Summary:
+    """Of a run that goes on, or was killed."""
+    from nnunet_dp.federated.run_config import read_config
+    from nnunet_dp.federated.server_state import read_state
+
+    config = read_config(folder / CONFIG)
+    state = read_state(folder, config.terms)
+    known = sorted(state.sites.items()) if state else []
+    sites = (SiteSummary(name, site.rounds, site.epsilon, site.delta, site.unit) for name, site in known)
+    return Summary(
+        run=config.terms.run,
+        mode=config.terms.mode,
+        rounds=state.round if state else 0,
+        complete=False,
+        sites=tuple(sites),
+        inputs=config.inputs,
+        not_covered=config.not_covered,
+    )

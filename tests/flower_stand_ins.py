@@ -1,0 +1,100 @@
+"""A site and a coordinator that do what a test says, in place of the real ones, inside Flower's processes.
+
+``put_in_place`` makes every Python that is started from now on begin with ``install``: the production code has no hook
+for it. The coordinator's configuration is a list of steps; the site echoes what it gets, unless told otherwise.
+"""
+
+import json
+import os
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+
+def put_in_place(monkeypatch: pytest.MonkeyPatch, folder: Path, real_site: bool = False) -> None:
+    """Let the processes that are started from now on use the stand-ins."""
+    folder.mkdir(parents=True)
+    (folder / "sitecustomize.py").write_text(f"import flower_stand_ins\nflower_stand_ins.install({real_site})\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(Path(__file__).parent)]))
+
+
+def install(real_site: bool = False) -> None:
+    """Stand in for the modules before anybody imports them; a real site's upload may be lost."""
+    given = {
+        **({} if real_site else {"site_settings": {"read_settings": read_settings}}),
+        "site": {"handle": losing_handle if real_site else handle},
+        "coordinator": {"Coordinator": Coordinator},
+        "run_config": {"read_config": lambda file: json.loads(Path(file).read_text())},
+    }
+    for name, content in given.items():
+        module = types.ModuleType(f"nnunet_dp.federated.{name}")
+        module.__dict__.update(content)
+        sys.modules[module.__name__] = module
+
+
+def read_settings(file: Path) -> types.SimpleNamespace:
+    return types.SimpleNamespace(name=file.stem, folder=file.parent)
+
+
+def handle(kind, header, arrays, settings):
+    told = json.loads(header)
+    mine = told.get("only") in (None, settings.name)
+    with (settings.folder / f"{settings.name}.calls").open("a") as stream:
+        stream.write(json.dumps({"kind": kind, "pid": os.getpid(), "round": told.get("round")}) + "\n")
+    if mine and told.get("do") == "raise":
+        raise RuntimeError("patient 17 has a tumour")
+    if mine and told.get("do") == "sleep":
+        time.sleep(told["seconds"])
+    if mine and told.get("do") == "kill":
+        os.kill(os.getpid(), 9)
+    reply = {"code": "ok", "site": settings.name, "kind": kind, "run": "0", "round": told.get("round")}
+    return json.dumps(reply), dict(arrays)
+
+
+def losing_handle(kind, header, arrays, settings):
+    """The real site; where the file ``lose`` lies beside its results, the process is killed before it can answer."""
+    del sys.modules["nnunet_dp.federated.site"]
+    from nnunet_dp.federated.site import handle as real
+
+    answer = real(kind, header, arrays, settings)
+    if (settings.folder("results").parent / "lose").exists():
+        (settings.folder("results").parent / "lose").unlink()
+        os.kill(os.getpid(), 9)
+    return answer
+
+
+class Coordinator:
+    """Does its configuration's steps, one exchange with all nodes each, and writes down what came back."""
+
+    def __init__(self, config, transport, folder, say):
+        self.config, self.transport, self.folder, self.say = config, transport, folder, say
+
+    def run(self):
+        state = self.folder / "rounds.json"
+        done = json.loads(state.read_text()) if state.is_file() else []
+        for step in self.config["steps"][len(done) :]:
+            done.append(self.step(step, len(done)))
+            state.write_text(json.dumps(done))
+            self.say(f"round {len(done)}: {sorted(done[-1]['sites'])}")
+        return {"rounds": done}
+
+    def step(self, step, number):
+        nodes = self.transport.sites(step.get("minimum", 2), step.get("patience", 60))
+        generator = np.random.default_rng(number)
+        sent = {f"layer{i}": generator.normal(size=step.get("size", 10)).astype(np.float32) for i in range(4)}
+        header = json.dumps({**step, "round": number})
+        if "header" in step:
+            header, sent = step["header"], load_file(step["arrays"])
+        replies = self.transport.exchange(step["kind"], dict.fromkeys(nodes, (header, sent)), step.get("timeout", 60))
+        traffic = self.transport.traffic
+        heads = [json.loads(reply[0]) if reply[0] else {"site": "?"} for reply in replies.values()]
+        same = all(np.array_equal(sent[name], reply[1].get(name)) for reply in replies.values() for name in sent)
+        numbers = {"seconds": traffic.seconds, "sent": traffic.sent_bytes, "received": traffic.received_bytes}
+        for node, reply in replies.items():
+            save_file(reply[1], self.folder / f"reply_{number}_{node}.safetensors")
+        return {"sites": [head["site"] for head in heads], "heads": heads, "same": same, "nodes": nodes, **numbers}

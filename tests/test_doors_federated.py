@@ -1,0 +1,345 @@
+"""A federation from the split to the prediction, as its users meet it.
+
+Most tests look at one run whose messages are handed over in this process; the slow ones start Flower's own processes by
+the commands of docs/federated.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from doors import _command, read_lines, recounted_epsilon, segmentations, wait_until
+from one_site import coordinator_plans
+
+from nnunet_dp.cli import main
+from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.federated import deployment
+from nnunet_dp.federated import simulate as simulation
+from nnunet_dp.federated.coordinator import Coordinator
+from nnunet_dp.federated.new_run import RunOptions, Schedule, Sites, find_plans, make_run, not_covered
+from nnunet_dp.federated.protocol import Mode
+from nnunet_dp.federated.run_config import read_config
+from nnunet_dp.federated.site import handle, public_part
+from nnunet_dp.federated.site_settings import read_settings
+from nnunet_dp.federated.split import Dealing, split_dataset
+from nnunet_dp.federated.summary import read_summary
+from nnunet_dp.nnunet_federated import PublicPlans
+from nnunet_dp.phantoms import write_dataset
+from nnunet_dp.run import RunFolder
+
+LEDGER = "privacy_ledger.jsonl"
+
+
+class Hand:
+    """Hands messages over in this process: the sites' real answers, without an engine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.settings = {file.stem: read_settings(file) for file in sorted((folder / "settings").glob("*.toml"))}
+
+    def sites(self, minimum: int, timeout_s: float) -> list[str]:
+        return list(self.settings)
+
+    def exchange(self, kind: str, messages: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        return {node: handle(kind, *message, self.settings[node]) for node, message in messages.items()}
+
+
+def small_options(mode: str = "adp-fl", rounds: int = 2, **more: Any) -> RunOptions:
+    schedule = Schedule(Mode(mode), rounds, start=False, features=(4, 8, 8))
+    return RunOptions(schedule, configuration="2d", **more)
+
+
+def new_run(options: RunOptions, folder: Path, datasets: tuple[str, ...] = ("301", "302")):
+    """A run with plans by hand, which no phantom had to be drawn for, and its sites' settings."""
+    sites = simulation.read_sites(datasets)
+    described = public_part(dict(sites[0].dataset.description))
+    run = make_run(
+        folder, options, described, "2d", Sites(len(sites), sum(site.units for site in sites)),
+        PublicPlans(coordinator_plans(), "plans by hand", True), sites[0].dataset.folder.name, folder,
+        torch.device("cpu"),
+    )  # fmt: skip
+    for site in sites:
+        simulation.write_settings(folder, site, simulation.Simulation(datasets), options.schedule.mode, options.delta)
+    return run
+
+
+def run_here(options: RunOptions, folder: Path, datasets: tuple[str, ...] = ("301", "302")):
+    run = new_run(options, folder, datasets)
+    said: list[str] = []
+    Coordinator(read_config(run.config), Hand(folder), folder, said.append).run()
+    return run, said
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Iterator[Path]:
+    """Two site datasets of four patients each; nnU-Net's folders in the environment."""
+    root = tmp_path_factory.mktemp("federation")
+    with pytest.MonkeyPatch.context() as patch:
+        for part in ("raw", "preprocessed", "results"):
+            (root / part).mkdir()
+            patch.setenv(f"nnUNet_{part}", str(root / part))
+        patch.setenv("nnUNet_extTrainer", str(Path(__file__).parent.parent / "trainers"))
+        write_dataset(root / "raw", "lesion", 8, 3, dataset_id=4, shape=(32, 32), test_patients=2)
+        split_dataset("4", Dealing("random", 2), 301)
+        yield root
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """Two rounds of adp-fl."""
+    run, said = run_here(small_options(), place / "results" / "federated_runs" / "first")
+    return place, run, said
+
+
+def charges(place: Path, number: int) -> list[dict[str, Any]]:
+    (folder,) = (place / "preprocessed").glob(f"Dataset{number}_*")
+    return read_lines(folder / LEDGER)
+
+
+# ---- what comes out ----------------------------------------------------------------------------------------------
+
+
+def test_each_site_is_charged_in_its_own_ledger_and_nobody_else(finished):
+    place, _, _ = finished
+    assert [len(charges(place, number)) for number in (301, 302)] == [2, 2]
+    assert not (place / "preprocessed" / "Dataset004_PhantomLesion").exists()
+
+
+def test_the_summary_is_what_an_auditor_counts_from_each_ledger(finished):
+    place, run, _ = finished
+    summary = read_summary(run.folder)
+    for number, site in zip((301, 302), summary.sites, strict=True):
+        counted = recounted_epsilon(charges(place, number), site.delta or 0)
+        assert site.recounted == site.epsilon == pytest.approx(counted, rel=0.01) and site.rounds == 2
+    assert summary.epsilon == max(site.spent or 0 for site in summary.sites) <= 8.0
+
+
+def test_the_summary_says_who_is_covered_and_who_pays_twice(finished):
+    _, run, _ = finished
+    summary = read_summary(run.folder)
+    assert "per patient, the largest of the sites'" in summary.guarantee
+    assert "costs add for a patient known to several sites" in summary.guarantee
+    assert "charges_for_the_same_patient_at_other_sites" in summary.not_covered
+    assert "plans_from_raw_fingerprint" not in summary.not_covered  # these plans were given as public
+
+
+def test_the_summary_of_the_model_is_that_of_its_run(finished):
+    _, run, _ = finished
+    told = read_summary(run.model_folder).as_dict()
+    assert told == read_summary(run.folder).as_dict() == read_summary(run.model_folder / "fold_all").as_dict()
+
+
+def test_machines_get_one_line_with_what_issue_and_docs_promise(finished, capsys):
+    _, run, _ = finished
+    assert main(["fed", "status", str(run.model_folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert told["model_folder"] == str(run.model_folder)
+    assert {"name", "epsilon_spent", "delta", "rounds"} <= set(told["sites"][0]) and told["complete"]
+
+
+def test_people_get_a_table_and_the_command_that_predicts(finished, capsys):
+    _, run, _ = finished
+    assert main(["fed", "status", str(run.folder)]) == 0
+    said = capsys.readouterr().out
+    assert "counted from its ledger" in said
+    assert "nnUNetv2_predict -d Dataset301_PhantomLesionSite1 -c 2d -f all" in said
+
+
+def test_the_model_names_no_path_no_case_and_no_count(finished):
+    place, run, _ = finished
+    rows = (place / "raw" / "Dataset004_PhantomLesion" / "patients.csv").read_text().split()[1:]
+    texts = [file.read_text() for file in run.model_folder.rglob("*.json")]
+    words = {word for row in rows for word in row.split(",")} | {str(place)}
+    assert texts and not [word for text in texts for word in words if word in text]
+
+
+def test_the_model_predicts_by_nnunets_own_predictor(finished, tmp_path):
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    place, run, _ = finished
+    predictor = nnUNetPredictor(device=torch.device("cpu"), perform_everything_on_device=False, verbose=False)
+    predictor.initialize_from_trained_model_folder(str(run.model_folder), ("all",))
+    images = sorted((place / "raw" / "Dataset004_PhantomLesion" / "imagesTs").glob("*_0000.png"))
+    predictor.predict_from_files_sequential([[str(images[0])]], [str(tmp_path / "case")], save_probabilities=False)
+    (segmentation,) = segmentations(tmp_path).values()
+    assert segmentation.shape == (32, 32) and set(np.unique(segmentation)) <= {0, 1}
+
+
+def test_a_later_training_on_a_sites_dataset_is_not_disturbed(finished):
+    place, _, _ = finished
+    for number in (301, 302):
+        (preprocessed,) = (place / "preprocessed").glob(f"Dataset{number}_*")
+        results = place / "results" / preprocessed.name
+        RunFolder(results / "nnUNetTrainerDP__x__2d" / "fold_0", preprocessed / LEDGER, results).verify_ledger()
+
+
+def test_status_of_a_sites_own_run_works_as_for_any_training(finished, capsys):
+    place, _, _ = finished
+    (fold,) = (place / "results").glob("Dataset302_*/nnUNetTrainerDP_Federated__*/fold_all")
+    assert main(["status", str(fold), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps_done"] == 2
+
+
+def test_each_round_is_one_line_with_replies_threshold_and_epsilon(finished):
+    _, _, said = finished
+    rounds = [line for line in said if line.startswith("round ")]
+    assert len(rounds) == 2 and all("threshold" in line and "epsilon" in line for line in rounds)
+
+
+# ---- what may go wrong -------------------------------------------------------------------------------------------
+
+
+def test_a_report_beyond_its_ledger_is_refused(finished, tmp_path):
+    _, run, _ = finished
+    copy = shutil.copytree(run.folder, tmp_path / "run")
+    result = json.loads((copy / "federated_result.json").read_text())
+    result["sites"][0]["epsilon_spent"] += 1
+    (copy / "federated_result.json").write_text(json.dumps(result))
+    with pytest.raises(Refusal, match="proves only"):
+        read_summary(copy)
+
+
+def test_a_model_that_exists_is_not_written_over(finished, tmp_path):
+    _, run, _ = finished
+    name = run.model_folder.name.split("__")[1]
+    with pytest.raises(UsageRefusal, match="exists already"):
+        new_run(small_options(output=name), tmp_path / "again")
+
+
+def test_terms_without_a_price_are_refused(place, tmp_path):
+    schedule = Schedule(Mode.adp_fl, 2, sampling_probability=0.5, noise="laplace", start=False, features=(4, 8, 8))
+    with pytest.raises(UsageRefusal, match="the full batch"):
+        new_run(RunOptions(schedule, configuration="2d"), tmp_path / "none")
+    assert not (tmp_path / "none" / "config.json").exists()
+
+
+@pytest.mark.parametrize(("declared", "covered"), [(False, False), (True, True)])
+def test_plans_of_a_dataset_are_public_only_if_somebody_declares_it(tmp_path, monkeypatch, declared, covered):
+    folder = tmp_path / "Dataset009_Other"
+    folder.mkdir()
+    (folder / "dataset.json").write_text("{}")
+    (folder / "nnUNetPlans.json").write_text(json.dumps(coordinator_plans()))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    found = find_plans(small_options(plans_from=folder.name, no_patient_overlap=declared), {})
+    assert ("plans_from_raw_fingerprint" not in not_covered(found)) == covered == ("declared" in found.source)
+
+
+def test_a_run_that_has_not_finished_has_a_summary_too(place, tmp_path):
+    run = new_run(small_options(rounds=5), tmp_path / "begun")
+    summary = read_summary(run.folder)
+    assert (summary.rounds, summary.complete, summary.planned) == (0, False, (8.0, 5))
+    assert summary.guarantee == "nothing spent yet" and summary.model_folder is None
+
+
+# ---- without a guarantee -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["fedavg", "paper"])
+def test_a_mode_without_a_guarantee_says_so_everywhere_and_charges_nothing(finished, tmp_path, mode):
+    place, _, _ = finished
+    before = [charges(place, number) for number in (301, 302)]
+    run, said = run_here(small_options(mode, rounds=1), tmp_path / mode)
+    assert [charges(place, number) for number in (301, 302)] == before
+    trainer, plans, _ = run.model_folder.name.split("__")
+    assert trainer == "nnUNetTrainer" and "NoGuarantee" in plans
+    summary = read_summary(run.model_folder)
+    assert summary.epsilon is None and summary.guarantee.startswith("no guarantee")
+    assert next(line for line in said if line.startswith("round 1")).count("NO GUARANTEE") == 1
+
+
+# ---- the commands, with Flower's own processes -------------------------------------------------------------------
+
+
+def typed(place: Path, *arguments: object, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        _command("nnunet-dp", arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=place, text=True,
+        stdin=subprocess.DEVNULL, capture_output=True, timeout=1800,
+    )  # fmt: skip
+    assert done.returncode == exit_code, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.mark.slow
+def test_split_simulate_status_and_predict_as_typed(tmp_path, monkeypatch):
+    for part in ("raw", "preprocessed", "results"):
+        (tmp_path / part).mkdir()
+        monkeypatch.setenv(f"nnUNet_{part}", str(tmp_path / part))
+    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parent.parent / "trainers"))
+    raw = write_dataset(tmp_path / "raw", "lesion", 8, 3, dataset_id=4, shape=(32, 32), test_patients=2)
+    typed(tmp_path, "fed", "split", "-d", 4, "--sites", 2, "--first-id", 301)
+    small = ("--phantom-shape", "32,32", "--features", "4,8,8", "--start-iterations", 2, "--start-images", 3)
+    asked = ("--datasets", 301, 302, "--mode", "adp-fl", "--rounds", 2, "--epsilon", 8, *small)
+    done = typed(tmp_path, "fed", "simulate", *asked, "--folder", tmp_path / "run", "--json")
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert [(site["rounds"], site["recounted"]) for site in told["sites"]] == [(2, True), (2, True)]
+    assert max(site["epsilon_spent"] for site in told["sites"]) <= 8.0
+    assert len([line for line in done.stderr.splitlines() if line.startswith("round ")]) == 2
+    assert "phantom" in told["inputs"]["plans"] and "plans_from_raw_fingerprint" not in told["not_covered"]
+    status = json.loads(typed(tmp_path, "fed", "status", tmp_path / "run", "--json").stdout)
+    assert status == told
+    model = Path(told["model_folder"])
+    trainer, plans, configuration = model.name.split("__")
+    chosen = ("-d", 301, "-c", configuration, "-f", "all", "-tr", trainer, "-p", plans)
+    where = ("-i", raw / "imagesTs", "-o", tmp_path / "out", "-device", "cpu", "-npp", 1, "-nps", 1)
+    predicted = subprocess.run(_command("nnUNetv2_predict", (*chosen, *where)), capture_output=True, text=True)
+    assert predicted.returncode == 0, predicted.stderr[-3000:]
+    assert segmentations(tmp_path / "out").keys() == segmentations(raw / "labelsTs").keys()
+
+
+@contextmanager
+def running(place: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs until Ctrl-C, which is what ends it."""
+    with (place / "console.txt").open("a") as console:
+        process = subprocess.Popen(
+            _command("nnunet-dp", arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=place, text=True,
+            stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            assert process.wait(120) == 130, (place / "console.txt").read_text()[-3000:]
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_two_hospitals_and_a_coordinator_with_tls_and_keys_as_typed(tmp_path, monkeypatch):
+    from nnunet_dp.federated.flower_environment import free_port
+
+    for part in ("raw", "preprocessed", "results"):
+        (tmp_path / part).mkdir()
+        monkeypatch.setenv(f"nnUNet_{part}", str(tmp_path / part))
+    raw = write_dataset(tmp_path / "raw", "lesion", 8, 3, dataset_id=4, shape=(32, 32))
+    split_dataset("4", Dealing("random", 2), 301)
+    address, keys = f"127.0.0.1:{free_port()}", []
+    for name, number in (("north", 301), ("south", 302)):
+        typed(tmp_path, "fed", "init-site", name, "--name", name, "-d", number, "--max-epsilon", 8)
+        keys += ["--register", f"{name}/site_key.pub"]
+    with ExitStack() as stack:
+        server = stack.enter_context(running(tmp_path, "fed", "server", "run", "--port", address.split(":")[1], *keys))
+        console = tmp_path / "console.txt"
+        wait_until(lambda: console.read_text().count("Registered") == 2, server)
+        for name in ("north", "south"):
+            shutil.copy(tmp_path / "run" / "certificates" / "ca.pem", tmp_path / name)
+            stack.enter_context(running(tmp_path, "fed", "site", name, "--server", address))
+        asked = ("--sites", 2, "--patients", 8, "--dataset-json", raw / "dataset.json", "--rounds", 1, "--epsilon", 8)
+        small = ("--phantom-shape", "32,32", "--features", "4,8,8", "--no-start")
+        done = typed(tmp_path, "fed", "run", "run", *asked, *small, "--json")
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert [site["name"] for site in told["sites"]] == ["north", "south"] and told["complete"]
+    assert max(site["epsilon_spent"] for site in told["sites"]) <= 8.0
+    assert Path(told["model_folder"]).parent.name == "Dataset900_Federated"
+    assert not (tmp_path / "run" / deployment.SERVER).exists()
