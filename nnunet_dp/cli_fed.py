@@ -4,8 +4,8 @@
 command    calls                                               prints
 =========  ==================================================  ==========================================
 split      :func:`nnunet_dp.federated.split.split_dataset`     a line for each new dataset
-init-site  :func:`nnunet_dp.federated.deployment.init_site`    what to send, what to type next
-site       :func:`nnunet_dp.federated.deployment.run_site`     what becomes of its process
+init-site  :func:`nnunet_dp.federated.hospital.init_site`      what to send, what to type next
+site       :func:`nnunet_dp.federated.hospital.run_site`       what becomes of its process
 server     :func:`nnunet_dp.federated.deployment.run_server`   where it listens, which keys it knows
 run        :func:`nnunet_dp.federated.deployment.run`          the coordinator's lines, then the summary
 simulate   :func:`nnunet_dp.federated.simulate.simulate`       the same
@@ -269,7 +269,7 @@ def init_site_command(
     Example:
       nnunet-dp fed init-site north --name north -d 301 --max-epsilon 8
     """
-    from nnunet_dp.federated.deployment import NewSite, init_site
+    from nnunet_dp.federated.hospital import NewSite, init_site
 
     site = NewSite(name, dataset, max_epsilon, delta, device.value, processes)
     typer.echo("\n".join(init_site(folder, site)))
@@ -293,7 +293,7 @@ def site_command(
     Example:
       nnunet-dp fed site north --server coordinator.example:9092 --root-certificate ca.pem
     """
-    from nnunet_dp.federated.deployment import run_site
+    from nnunet_dp.federated.hospital import run_site
 
     run_site(folder, server, root_certificate, insecure, _say)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from nnunet_dp.federated.run_config import RunConfig
 
 SHA = "ab" * 32
 DATASET = {"labels": {"background": 0, "organ": 1}, "channel_names": {"0": "MRI"}, "file_ending": ".nii.gz"}
+NNUNET = version("nnunetv2")
 SHAPES = {"b": (3,), "w": (2, 2)}
 
 
@@ -37,22 +40,34 @@ def config(folder: Path, sites: int = 3, asked: Terms | None = None, **changes: 
 
 @dataclass
 class Site:
-    """Answers as the protocol says; ``spoil`` may change a train reply, None is silence."""
+    """Answers as the protocol says; ``spoil`` may change a train reply, None is silence.
+
+    ``instead`` sees every message first and may answer it with a code, or be silent.
+    """
 
     name: str
     step: float = 1.0
     dataset_json: dict[str, Any] = field(default_factory=lambda: dict(DATASET))
     version: str = __version__
+    nnunetv2: str = NNUNET
     prepares: Code = Code.ok
+    confirms: str = SHA
+    instead: Callable[[str, str], Code | str | None] = lambda kind, header: None
     spoil: Callable[[TrainRequest, Reply, dict[str, np.ndarray]], tuple[Any, Any] | None] = lambda r, a, w: (a, w)
     trained: list[int] = field(default_factory=list)
 
     def answer(self, kind: str, header: str, arrays: Mapping[str, np.ndarray]) -> tuple[str, Any] | None:
+        other = self.instead(kind, header)
+        if isinstance(other, Code):
+            number = json.loads(header).get("round")
+            return Reply(code=other, site=self.name, run="0a", round=number).model_dump_json(), {}
+        if other is not None:
+            return None
         if kind == "query":
-            versions = {"nnunet_dp": self.version}
+            versions = {"nnunet_dp": self.version, "nnunetv2": self.nnunetv2}
             reply = Reply(code=Code.ok, site=self.name, run="0a", dataset_json=self.dataset_json, versions=versions)
         elif kind == "prepare":
-            reply = Reply(code=self.prepares, site=self.name, run="0a", plans_sha256=SHA)
+            reply = Reply(code=self.prepares, site=self.name, run="0a", plans_sha256=self.confirms)
         else:
             return self.train(TrainRequest.model_validate_json(header), arrays)
         return reply.model_dump_json(), {}

@@ -1,9 +1,20 @@
 """Fixed public weights, and replies that are left out by name."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from nnunet_dp.federated.aggregation import Rejection, fault_of_header, fault_of_weights, parse, weighted_mean
+from nnunet_dp.federated import aggregation
+from nnunet_dp.federated.aggregation import (
+    Rejection,
+    fault_of_claim,
+    fault_of_header,
+    fault_of_weights,
+    parse,
+    weighted_mean,
+)
 from nnunet_dp.federated.protocol import Code, Reply
 
 EXPECTED = {"w": (2, 2)}
@@ -54,7 +65,7 @@ def test_weights_that_were_asked_for_pass():
 
 
 @pytest.mark.parametrize(
-    "header", ["", "{}", "[]", "null", '{"code": "ok"}', '{"code": "well", "site": "a", "run": "0a"}']
+    "header", ["", "{}", "[]", "null", '{"code": "ok"}', '{"code": 1, "run": "0a"}', "[" * 10_000, '{"epsilon": NaN}']
 )
 def test_a_header_that_is_no_reply_is_malformed(header):
     assert parse(header) is Rejection.header
@@ -74,6 +85,31 @@ def test_a_reply_to_something_else_is_named(changes, why):
     assert fault_of_header(reply, "0a", 2, "a") is why
 
 
-def test_a_reply_has_no_field_for_counts_losses_dice_or_texts():
-    allowed = {"protocol", "code", "site", "run", "round", "dataset_json", "versions", "plans_sha256"}
-    assert set(Reply.model_fields) == allowed | {"epsilon", "delta", "unit", "bound"}
+def test_a_code_that_nobody_knows_is_named():
+    assert parse('{"code": "well", "site": "a", "run": "0a"}') is Rejection.code
+
+
+def test_a_unit_that_would_write_on_a_terminal_is_malformed():
+    assert parse(Reply(code=Code.ok, site="a", run="0a", unit="x\nround 9/9").model_dump_json()) is Rejection.header
+
+
+@pytest.mark.parametrize("missing", ["epsilon", "delta", "unit"])
+def test_a_site_that_trained_privately_says_what_it_cost(missing):
+    said = {"epsilon": 1.0, "delta": 1e-5, "unit": "patient"}
+    whole = Reply(code=Code.ok, site="a", run="0a", **said)
+    assert fault_of_claim(whole) is None
+    assert fault_of_claim(whole.model_copy(update={missing: None})) is Rejection.epsilon
+
+
+def test_a_mean_of_many_sites_is_summed_in_double_precision():
+    updates = {f"s{k:04}": {"w": np.array([1.0 if k == 0 else 1e-8], np.float32)} for k in range(2001)}
+    found = weighted_mean(updates, dict.fromkeys(updates, 1.0))["w"][0]
+    assert found == np.float32((1.0 + 2000 * np.float64(np.float32(1e-8))) / 2001)
+    assert found != np.float32(1.0 / 2001)  # what a sum in float32 would give
+
+
+def test_no_source_of_the_coordinator_weights_by_what_sites_count():
+    package = Path(aggregation.__file__).parent
+    for name in ("aggregation", "coordinator", "client_level", "enrolment", "progress", "flower_transport"):
+        found = re.findall(r"num.?examples|numTraining|len\(drawn|MetricRecord", (package / f"{name}.py").read_text())
+        assert found == []

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -10,13 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from federation import Memory, Site, config, terms, three
+from federation import DATASET, Memory, Site, config, terms, three
 
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.federated.client_level import ClientLevelMean
 from nnunet_dp.federated.coordinator import PROGRESS, RESULT, Coordinator
+from nnunet_dp.federated.enrolment import Enrolment
 from nnunet_dp.federated.protocol import Code, Reply
-from nnunet_dp.federated.run_config import ClientLevel
 from nnunet_dp.federated.server_state import read_state
 
 
@@ -44,7 +42,7 @@ def test_four_rounds_move_the_weights_by_the_mean_step_each(tmp_path):
     assert result.complete and result.rounds == 4 and result.epsilon == 4.0
     np.testing.assert_array_equal(weights(tmp_path).weights["w"], np.full((2, 2), 8.0, np.float32))
     assert [(site["name"], site["rounds"]) for site in result.sites] == [("ann", 4), ("bob", 4), ("cleo", 4)]
-    assert json.loads((tmp_path / RESULT).read_text())["guarantee"].startswith("epsilon 4 per patient, the largest")
+    assert json.loads((tmp_path / RESULT).read_text())["guarantee"].startswith("epsilon 4 at delta 1e-05 per patient")
 
 
 def test_public_weights_decide_how_much_a_site_counts(tmp_path):
@@ -56,9 +54,7 @@ def test_a_line_a_round_names_replies_thresholds_and_epsilon(tmp_path):
     run = Run(tmp_path, three())
     run()
     (last,) = [line for line in run.lines if line.startswith("round 4/4")]
-    assert (
-        "3 of 3 sites" in last and "threshold 0.5 0.5 0.5" in last and "epsilon 4 (ann 4, bob 4, cleo 4) of 8" in last
-    )
+    assert "3 of 3 sites  threshold 0.5 0.5 0.5  epsilon 4 (ann 4, bob 4, cleo 4) of 8 per patient  " in last
     assert len((tmp_path / PROGRESS).read_text().splitlines()) == 4
 
 
@@ -79,6 +75,9 @@ def faulty(change):
     [
         (lambda q, r, w: None, "no reply in time"),
         (lambda q, r, w: ("", {}), "rejected: malformed header"),
+        (lambda q, r, w: (r.model_dump_json().replace('"ok"', '"splendid"'), w), "rejected: unknown code"),
+        (lambda q, r, w: (r.model_copy(update={"epsilon": None}), w), "rejected: no epsilon"),
+        (lambda q, r, w: (r.model_copy(update={"unit": "\x1b[2Jpatient"}), w), "rejected: malformed header"),
         (lambda q, r, w: (r, {}), "rejected: other parameters"),
         (lambda q, r, w: (r, {**w, "b": np.full(3, np.nan, np.float32)}), "rejected: not finite"),
         (lambda q, r, w: (r, {**w, "b": np.zeros(4, np.float32)}), "rejected: wrong shape"),
@@ -109,6 +108,24 @@ def test_a_round_with_too_few_replies_is_asked_for_again_and_then_ends_the_run(t
     assert len(run.models) == 1 and run.models[0][2] == 2 and not run.models[0][1]["complete"]
 
 
+def test_what_a_site_spent_on_a_round_that_failed_is_in_the_result(tmp_path):
+    sites = three()
+    for node in "12":
+        sites.nodes[node].spoil = lambda request, reply, arrays: None if request.round == 2 else (reply, arrays)
+    run = Run(tmp_path, sites, retries=0)
+    with pytest.raises(Refusal):
+        run()
+    assert [site["epsilon_spent"] for site in run.models[0][1]["sites"]] == [2.0, 2.0, 3.0]
+    assert weights(tmp_path).sites["cleo"].epsilon == 3.0
+
+
+def test_what_a_site_spent_counts_even_where_its_weights_are_rejected(tmp_path):
+    sites = three()
+    sites.nodes["3"].spoil = lambda request, reply, arrays: (reply, {} if request.round == 3 else arrays)
+    result = Run(tmp_path, sites)()
+    assert result.sites[2]["epsilon_spent"] == 4.0 and result.sites[2]["rounds"] == 3
+
+
 def test_a_run_that_ended_early_goes_on_where_it_was(tmp_path):
     sites = three()
     for node in "12":
@@ -123,8 +140,15 @@ def test_a_run_that_ended_early_goes_on_where_it_was(tmp_path):
 
 def test_a_folder_of_another_run_is_refused(tmp_path):
     Run(tmp_path, three())()
-    with pytest.raises(UsageRefusal, match="holds another run"):
+    with pytest.raises(UsageRefusal, match=r"holds another run: go on with that one with --resume, or .* --folder"):
         Run(tmp_path, three(), asked=terms(epsilon=3.0))()
+
+
+@pytest.mark.parametrize("changes", [{"weights": {"ann": 5.0}}, {"sites": 4}])
+def test_what_was_agreed_before_the_first_round_cannot_change_after_it(tmp_path, changes):
+    Run(tmp_path, three())()
+    with pytest.raises(UsageRefusal, match="number of sites, weights and client-level budget that it began with"):
+        Run(tmp_path, three(), **changes)()
 
 
 def spent(request, reply: Reply, arrays):
@@ -177,8 +201,17 @@ def test_two_sites_of_one_name_are_refused(tmp_path):
     ("site", "message"),
     [
         (Site("cleo", dataset_json={"labels": {"background": 0, "tumour": 1}}), r"cleo differs: labels .*tumour"),
-        (Site("cleo", version="0.0.1"), r"cleo differs: nnunet_dp 0\.0\.1"),
-        (Site("cleo", prepares=Code.settings_refuse), "cleo did not prepare: settings_refuse"),
+        (Site("cleo", dataset_json=DATASET | {"channel_names": {"0": "CT"}}), "cleo differs: channels .*'CT'.*'MRI'"),
+        (Site("cleo", dataset_json=DATASET | {"channel_names": ["MRI"]}), r"cleo differs: channels \['MRI'\]"),
+        (Site("cleo", dataset_json=DATASET | {"file_ending": ".png"}), "cleo differs: file_ending '.png'"),
+        (Site("cleo", dataset_json=DATASET | {"regions_class_order": [1]}), r"cleo differs: regions_class_order \[1\]"),
+        (Site("cleo", dataset_json={}), "cleo differs: labels None"),
+        (Site("cleo", version="0.0.1"), r"cleo differs: nnunet_dp '0\.0\.1'"),
+        (Site("cleo", nnunetv2="2.0"), r"cleo differs: nnunetv2 '2\.0'"),
+        (Site("cleo", prepares=Code.settings_refuse), r"cleo did not prepare: settings_refuse \(.*its own settings"),
+        (Site("cleo", prepares=Code.version_mismatch), "cleo did not prepare: version_mismatch"),
+        (Site("cleo", prepares=Code.plans_mismatch), "cleo did not prepare: plans_mismatch"),
+        (Site("cleo", confirms="cd" * 32), "cleo did not prepare: plans_mismatch"),
     ],
 )
 def test_a_site_that_does_not_fit_is_named_with_the_difference(tmp_path, site, message):
@@ -207,65 +240,118 @@ def test_the_model_is_an_average_of_the_last_rounds(tmp_path):
     assert steps == 40 and 70 < average["w"].mean() < 80  # weights end at 80, two a round
 
 
-def test_a_killed_coordinator_goes_on_after_the_last_finished_round(tmp_path):
-    code = """
-        import os, signal, sys
-        from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
-        from federation import config, three
-        from nnunet_dp.federated.coordinator import Coordinator
-        folder, sites = Path(sys.argv[1]), three()
-        def die(kind):
-            if kind == "train" and sites.nodes["1"].trained == [0, 1]:
-                os.kill(os.getpid(), signal.SIGKILL)
-        sites.before = die
-        Coordinator(config(folder), sites, folder, print, lambda *_: None).run()
-    """
+def test_a_coordinator_killed_anywhere_goes_on_to_the_same_end(tmp_path):
     here = str(Path(__file__).parent)
-    words = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path), here]
-    died = subprocess.run(words, env=os.environ, check=False)
-    assert died.returncode == -signal.SIGKILL and weights(tmp_path).round == 2
+    words = [sys.executable, "-c", textwrap.dedent(DYING), str(tmp_path), here]
+    subprocess.run(words, env=os.environ, check=True, stdout=subprocess.DEVNULL)
+    whole, *killed = sorted(tmp_path.iterdir(), key=lambda folder: int(folder.name))
+    assert len(killed) > 20 and (whole / RESULT).is_file()
+    reached = {None if (state := read_state(folder, terms())) is None else state.round for folder in killed}
+    assert reached == {None, 0, 1, 2, 3, 4}  # where they were killed
+    for folder in killed:
+        run = Run(folder, three())
+        result = run()
+        expected = json.loads((whole / RESULT).read_text())
+        assert result.as_dict() | {"model_folder": ""} == expected | {"model_folder": ""} and len(run.models) == 1
+        np.testing.assert_array_equal(weights(folder).weights["w"], np.full((2, 2), 8.0, np.float32))
+
+
+DYING = """
+    import os, signal, sys
+    from pathlib import Path
+    sys.path.insert(0, sys.argv[2])
+    from federation import config, three
+    from nnunet_dp import replacing
+    from nnunet_dp.federated.coordinator import Coordinator
+
+    def live(folder, last):  # every step that can be seen from outside is one where it may die; 0 is never
+        left, replace = [last], os.replace
+
+        def tick(*_):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def replaced(*files):
+            tick()
+            replace(*files)
+            tick()
+
+        sites = three()
+        sites.before, replacing.os.replace = tick, replaced
+        Coordinator(config(folder), sites, folder, tick, tick).run()
+
+    last, status = 0, None
+    while status != 0 or last == 1:
+        folder = Path(sys.argv[1]) / str(last)
+        child = os.fork()
+        if not child:
+            live(folder, last)
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL), status
+        last += 1
+"""
+
+
+# ---- sites that come, go, and are busy -----------------------------------------------------------------------------
+
+
+def test_a_site_that_still_works_for_a_coordinator_that_died_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(Enrolment, "busy_pause_s", 0.0)
+    sites, answers = three(), []
+
+    def busy_at_first(kind, header):
+        answers.append(kind)
+        return Code.busy if answers.count(kind) < 3 else None
+
+    sites.nodes["3"].instead = busy_at_first
+    result = Run(tmp_path, sites, retries=0)()
+    assert [site["rounds"] for site in result.sites] == [4, 4, 4] and answers.count("prepare") == 3
+    assert sites.nodes["1"].trained == [0, 1, 2, 3]  # the others are not asked again
+
+
+def test_a_site_that_stays_busy_costs_the_time_of_a_round_and_no_more(tmp_path):
     sites = three()
-    assert Run(tmp_path, sites)().complete and sites.nodes["1"].trained == [2, 3]
+    sites.nodes["3"].instead = lambda kind, header: Code.busy if kind == "train" else None
+    run = Run(tmp_path, sites, round_timeout_s=0.2)
+    assert [site["rounds"] for site in run().sites][:2] == [4, 4]
+    assert any("missing cleo (busy)" in line for line in run.lines)
 
 
-# ---- client-level privacy ------------------------------------------------------------------------------------------
+def test_a_site_that_was_silent_at_first_takes_part_when_it_answers(tmp_path):
+    sites, queries = three(), []
+
+    def silent_at_first(kind, header):
+        queries.append(kind)
+        return "silence" if kind == "query" and queries.count("query") < 3 else None
+
+    sites.nodes["3"].instead = silent_at_first
+    result = Run(tmp_path, sites, go_on_without=True)()
+    assert [site["rounds"] for site in result.sites] == [4, 4, 3]
 
 
-def client_level(folder, bound=0.5, rounds=1):
-    return ClientLevelMean(ClientLevel(epsilon=8.0, delta=1e-5, bound=bound), rounds, 4, folder, "0a")
+def test_a_node_that_never_says_who_it_is_is_asked_as_often_as_a_round(tmp_path):
+    sites, asked = three(), []
+    sites.nodes["3"].instead = lambda kind, header: asked.append(kind) or "silence"
+    assert Run(tmp_path, sites, go_on_without=True, retries=1)().complete
+    assert asked == ["query", "query"]
 
 
-def test_the_noise_of_a_round_is_the_calibrated_one_over_the_number_of_sites(tmp_path):
-    mean, now = client_level(tmp_path), {"w": np.zeros(20_000, np.float32)}
-    moved = mean.next_weights(now, {}, 0)["w"]
-    expected = mean.mechanism.noise_multiplier * 0.5 / 4
-    spread = float(np.std(moved))
-    assert abs(spread / expected - 1) < 0.03
-    for wrong in (2 / 3, 3 / 2):
-        assert abs(spread / (wrong * expected) - 1) > 0.03
+def test_two_newcomers_of_one_name_do_not_end_a_run(tmp_path):
+    sites = three()
+
+    def two_come(kind):
+        if sites.nodes["1"].trained == [0]:
+            sites.nodes |= {"7": Site("dora", step=1e6), "8": Site("dora", step=1e6)}
+
+    sites.before = two_come
+    run = Run(tmp_path, sites)
+    assert run().complete and "dora is the name of two sites" in run.lines
+    np.testing.assert_array_equal(weights(tmp_path).weights["w"], np.full((2, 2), 8.0, np.float32))
 
 
-def test_a_missing_site_counts_as_zero_and_one_site_moves_the_sum_by_at_most_the_bound(tmp_path, monkeypatch):
-    from nnunet_dp.federated import client_level as module
-
-    sums, real = [], module.SubsampledGaussian.release
-
-    def seen(self, bounded, receipt, generator):
-        sums.append(bounded.tensors[0].numpy())
-        return real(self, bounded, receipt, generator)
-
-    monkeypatch.setattr(module.SubsampledGaussian, "release", seen)
-    now = {"w": np.zeros(10, np.float32)}
-    updates = {"a": {"w": np.full(10, 1e3, np.float32)}, "b": {"w": np.full(10, -0.01, np.float32)}}
-    mean = client_level(tmp_path, rounds=2)
-    mean.next_weights(now, updates, 0)
-    mean.next_weights(now, {"b": updates["b"]}, 1)
-    assert np.linalg.norm(sums[0] - sums[1]) <= 0.5 and np.linalg.norm(sums[0] - sums[1]) > 0.49
-
-
-def test_a_sites_budget_ends_the_run_and_is_in_the_result(tmp_path):
-    asked = {"epsilon": 4.0, "delta": 1e-5, "bound": 1.0}
-    result = Run(tmp_path, three(), client_level=asked)()
-    assert result.client_level is not None and 3.9 < result.client_level["epsilon"] <= 4.0
-    assert (tmp_path / "server_ledger.jsonl").read_text().count("\n") == 4
+@pytest.mark.parametrize("mode", ["fedavg", "adp-fl"])
+def test_the_words_of_a_result_say_what_is_not_known(tmp_path, mode):
+    words = Run(tmp_path, three(), asked=terms(mode=mode))().guarantee
+    assert "as last reported, at most 8 at each; costs add" in words if mode == "adp-fl" else "no guarantee" in words

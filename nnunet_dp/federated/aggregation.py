@@ -25,6 +25,8 @@ class Rejection(str, enum.Enum):
     """Why a reply was left out."""
 
     header = "malformed header"
+    code = "unknown code"
+    epsilon = "no epsilon"
     run = "another run"
     round = "another round"
     site = "another site's name"
@@ -42,9 +44,11 @@ def shapes_of(arrays: Arrays) -> dict[str, tuple[int, ...]]:
 def parse(header: str) -> Reply | Rejection:
     """The reply that a header holds."""
     try:
-        return Reply.model_validate_json(header)
-    except ValidationError:
-        return Rejection.header
+        reply = Reply.model_validate_json(header)
+    except ValidationError as error:
+        only_code = {part["loc"] for part in error.errors()} == {("code",)} and error.errors()[0]["type"] == "enum"
+        return Rejection.code if only_code else Rejection.header
+    return reply if reply.unit is None or reply.unit.isprintable() else Rejection.header  # it is shown on terminals
 
 
 def fault_of_header(reply: Reply, run: str, round: int | None, site: str | None) -> Rejection | None:
@@ -61,6 +65,12 @@ def fault_of_header(reply: Reply, run: str, round: int | None, site: str | None)
     if reply.round != round:
         return Rejection.round
     return Rejection.site if site is not None and reply.site != site else None
+
+
+def fault_of_claim(reply: Reply) -> Rejection | None:
+    """What is missing in the reply of a site that trained privately, if anything: it must say what that cost."""
+    said = (reply.epsilon, reply.delta, reply.unit)
+    return Rejection.epsilon if reply.code is Code.ok and None in said else None
 
 
 def fault_of_weights(arrays: Arrays, expected: Shapes) -> Rejection | None:

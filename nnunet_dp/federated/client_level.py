@@ -7,7 +7,8 @@ Formal guarantee:
     The global weights after k rounds are k Gaussian releases on the full batch of sites (no amplification is claimed),
     each charged to ``server_ledger.jsonl`` before it was drawn: replacing one site's replies by none moves the noised
     sum by at most the bound. It holds against those who see the model, not against the coordinator, who sees the
-    updates. Brendan McMahan et al. 2018, arXiv:1710.06963.
+    updates. Brendan McMahan et al. 2018, arXiv:1710.06963. Not covered: who took part in which round, and what sites
+    say of themselves (epsilon, threshold).
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from dp_accounting.dp_event import SelfComposedDpEvent
 
 from nnunet_dp.accounting import PrivacyBudget, calibrate
-from nnunet_dp.charges import epsilon_of, steps_charged
+from nnunet_dp.charges import RESTORE, LedgerError, epsilon_of, steps_charged
 from nnunet_dp.errors import BudgetRefusal
 from nnunet_dp.federated.protocol import Arrays
 from nnunet_dp.federated.run_config import ClientLevel
@@ -50,6 +52,37 @@ class ClientLevelMean:
         noise = calibrate(lambda z: SelfComposedDpEvent(SubsampledGaussian(z).event, rounds), budget)
         self.mechanism = SubsampledGaussian(noise)
         self._ledger = Ledger(folder / LEDGER, run, plan="0", unit="site")
+
+    @property
+    def head(self) -> tuple[int, str]:
+        """Sequence number and hash of the ledger's newest line."""
+        return self._ledger.head
+
+    def refuse_lost(self, round: int, head: tuple[int, str] | None) -> None:
+        """Refuse to go on where the ledger knows less than the state.
+
+        Args:
+            round: finished rounds, each of which was charged.
+            head: of the ledger, when the state was written.
+
+        Raises:
+            LedgerError: for a ledger that is missing, shorter or another one.
+        """
+        charged = steps_charged(self._ledger.own_entries)
+        if charged < round:
+            raise LedgerError(f"{LEDGER} should hold at least {round} charges, found {charged}; " + RESTORE)
+        if head is not None:
+            self._ledger.verify_contains(*head)
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """What the release of the model costs each site, and whom it is protected from."""
+        asked = self._asked
+        words = (
+            f"epsilon {self.epsilon:.4g} at delta {asked.delta:g} per site, whatever the site sent; no amplification "
+            "is claimed; it holds against those who see the model, not against the coordinator, who is trusted"
+        )
+        return {"epsilon": self.epsilon, "delta": asked.delta, "unit": "site", "bound": asked.bound, "guarantee": words}
 
     @property
     def epsilon(self) -> float:

@@ -1,9 +1,7 @@
-"""Federated training between machines: what each hospital and the coordinator type, one function for each.
+"""Federated training between machines, the coordinator's side; ``hospital`` is the other one.
 
-    hospital      init_site   FOLDER/site.toml, FOLDER/site_key, FOLDER/site_key.pub
-                  run_site    connects and answers, until Ctrl-C
-    coordinator   run_server  FOLDER/certificates, FOLDER/server: listens and lets registered keys in, until Ctrl-C
-                  run         FOLDER/runs/RUN: a run over the sites that are connected
+    run_server   FOLDER/certificates, FOLDER/server: listens and lets registered keys in, until Ctrl-C
+    run          FOLDER/runs/RUN: a run over the sites that are connected
 
 Two things pass between people before anything passes between machines: ``ca.pem`` to the hospitals, so that they talk
 to this coordinator and nobody else, and each ``site_key.pub`` to the coordinator. Neither is secret; who swaps one on
@@ -24,149 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
-from nnunet_dp.federated.site_settings import SiteSettings, read_settings
 from nnunet_dp.replacing import replacing
 from nnunet_dp.workers import Progress
 
 Say = Callable[[str], None]
-SETTINGS, KEY, AUTHORITY = "site.toml", "site_key", "ca.pem"
 SERVER, CERTIFICATES, RUNS = "server_now.json", "certificates", "runs"
-_EXTRA = "federated training needs flwr: pip install 'nnunet-dp[federated]'"
-
-_SETTINGS = """\
-# This site's settings for `nnunet-dp fed site`. No coordinator can change or raise what stands here.
-
-name = {name}              # public: it stands in the coordinator's progress lines
-dataset = {dataset}        # nnU-Net's id or name; its patients.csv says which cases belong to one patient
-
-# Most that this dataset's patients may ever spend, over every run that its ledger knows. A run that asks for more is
-# declined; a run that would bring the total above it ends early for this site.
-max_epsilon = {max_epsilon}
-{delta}
-# Where nnU-Net's folders are; without these lines the environment says.
-# raw = "..."
-# preprocessed = "..."
-# results = "..."
-
-device = {device}
-processes = {processes}    # beside the training: they load patients, and preprocess
-
-# Modes without any privacy guarantee (fedavg, paper) are declined. Only for data that need no protection:
-# allow_no_guarantee = true
-"""
-_OWN_DELTA = "\n# Of that epsilon; below 1 / number of patients.\ndelta = {delta}\n"
-_RULED_DELTA = "\n# Of that epsilon; left out, it follows the number N of patients, 1 / (10 N).\n# delta = 1e-5\n"
-
-
-# ---- a hospital --------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class NewSite:
-    """What a hospital decides at first; see ``SiteSettings``."""
-
-    name: str
-    dataset: str
-    max_epsilon: float
-    delta: float | None = None
-    device: str = "cpu"
-    processes: int = 1
-
-    def text(self) -> str:
-        """The settings file, with an explanation of each line."""
-        delta = _RULED_DELTA if self.delta is None else _OWN_DELTA.format(delta=self.delta)
-        quoted = {key: json.dumps(getattr(self, key)) for key in ("name", "dataset", "device")}
-        return _SETTINGS.format(
-            **quoted, max_epsilon=float(self.max_epsilon), delta=delta, processes=self.processes
-        )
-
-
-def init_site(folder: Path, site: NewSite) -> list[str]:
-    """Write a hospital's settings and key pair.
-
-    Args:
-        folder: new, or without settings.
-        site: what it decides.
-
-    Returns:
-        Lines for people: what to send, what to type next.
-
-    Raises:
-        UsageRefusal: for impossible settings, and where settings or keys exist.
-    """
-    file = folder / SETTINGS
-    if file.exists() or (folder / KEY).exists():
-        raise UsageRefusal(f"{folder.name} holds settings or a key already: edit {SETTINGS}, or name another folder")
-    _refuse_impossible(site, folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with replacing(file) as stream:
-        stream.write(site.text().encode())
-    lines = [f"Wrote {file}: read it, and complete it."]
-    public = _make_key(folder)
-    if public is None:
-        return [*lines, f"No key pair: {_EXTRA}, then `nnunet-dp fed init-site` into another folder."]
-    return [
-        *lines,
-        f"Send to the coordinator: {public} (public). Keep to yourself: {folder / KEY}",
-        f"Get from the coordinator: {AUTHORITY}, to be put into {folder}, and the server's address.",
-        f"Next: nnunet-dp fed site {folder} --server HOST:PORT",
-    ]
-
-
-def _refuse_impossible(site: NewSite, folder: Path) -> None:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as trial:
-        (Path(trial) / SETTINGS).write_text(site.text())
-        settings = read_settings(Path(trial) / SETTINGS)
-    if settings.name != site.name:
-        raise UsageRefusal(f"{folder.name}: the settings should hold what was given")
-
-
-def _make_key(folder: Path) -> Path | None:
-    try:
-        from nnunet_dp.federated.flower_keys import make_key_pair  # cryptography comes with the extra
-    except ImportError:
-        return None
-    return make_key_pair(folder / KEY)
-
-
-def run_site(folder: Path, address: str, root_certificate: Path | None, insecure: bool, say: Say) -> None:
-    """Connect a hospital's dataset to a server until Ctrl-C.
-
-    Args:
-        folder: as ``init_site`` made it.
-        address: HOST:PORT.
-        root_certificate: that the server is checked with; None takes the one in the folder.
-        insecure: without TLS and key.
-        say: told what becomes of the process.
-
-    Raises:
-        UsageRefusal: before it starts, for settings, certificate or key that are missing.
-    """
-    settings = read_settings(folder / SETTINGS)
-    _refuse_address(address)
-    authority = root_certificate or (folder / AUTHORITY if (folder / AUTHORITY).is_file() else None)
-    if insecure == (authority is not None):
-        raise UsageRefusal(
-            "the server should be checked with the coordinator's ca.pem: --root-certificate FILE, or FOLDER/ca.pem; "
-            "--insecure instead is only for trying out on one machine"
-        )
-    key = None if insecure else folder / KEY
-    if key is not None and not key.is_file():
-        raise UsageRefusal(f"{folder.name} should hold the key {KEY}: `nnunet-dp fed init-site` makes one")
-    processes = _processes(folder / "flower")
-    from nnunet_dp.federated.flower_environment import Server
-
-    with processes as flower:
-        flower.start_supernode(settings.name, folder / SETTINGS, Server(address, authority), key)
-        say(f"{settings.name} takes part with {settings.dataset_name()} at {address}, at most epsilon "
-            f"{settings.max_epsilon:g} in all; Ctrl-C ends it. Its log: {_log_of(settings)}")  # fmt: skip
-        flower.watch(say)
-
-
-def _log_of(settings: SiteSettings) -> Path:
-    return settings.folder("results") / settings.dataset_name() / "federated_log.txt"
+EXTRA = "federated training needs flwr: pip install 'nnunet-dp[federated]'"
 
 
 # ---- the coordinator ---------------------------------------------------------------------------------------------
@@ -223,12 +84,12 @@ def run_server(folder: Path, given: NewServer, say: Say) -> None:
     """
     given.refuse_senseless()
     if given.register and is_running(folder):
-        flower, server = _processes(folder), read_server(folder)
+        flower, server = open_processes(folder), read_server(folder)
         _register(flower, server, given.register, say)
         return
     if is_running(folder):
         raise UsageRefusal(f"a server runs in {folder.name} already: stop it first, or register keys with --register")
-    processes = _processes(folder)
+    processes = open_processes(folder)
     certificates = None if given.insecure else _certificates(folder, given, say)
     with processes as flower:
         server = flower.start_superlink(given.host, given.port, certificates, authenticate=not given.insecure)
@@ -356,7 +217,7 @@ def follow(folder: Path, run_folder: Path, server: Any, say: Say) -> Path:
     from nnunet_dp.federated.flower_environment import flwr
     from nnunet_dp.federated.new_run import CONFIG
 
-    flower = _processes(folder)
+    flower = open_processes(folder)
     submitted = flower.submit(server, run_folder / CONFIG, run_folder)
     try:
         end = flower.wait(submitted, say)
@@ -414,7 +275,8 @@ def read_server(folder: Path, address: str | None = None) -> Any:
     return Server(known["address"], authority, (folder / "server").resolve())
 
 
-def _processes(folder: Path) -> Any:
+def open_processes(folder: Path) -> Any:
+    """Flower's processes of a folder; a refusal where the extra is not installed."""
     refuse_without_flower()
     from nnunet_dp.federated.flower_processes import FlowerProcesses
 
@@ -428,10 +290,4 @@ def refuse_without_flower() -> None:
         UsageRefusal: with the command that installs it.
     """
     if importlib.util.find_spec("flwr") is None:
-        raise UsageRefusal(_EXTRA)
-
-
-def _refuse_address(address: str) -> None:
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise UsageRefusal(f"--server should be HOST:PORT, found {address!r}; type: --server coordinator.example:9092")
+        raise UsageRefusal(EXTRA)

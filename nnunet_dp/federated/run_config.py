@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,12 @@ class RunConfig(Frozen):
     def needed(self) -> int:
         """Replies with which a round counts, as long as all sites take part."""
         return self.minimum_replies or self.sites // 2 + 1
+
+    @property
+    def agreed(self) -> str:
+        """Digest of what is fixed before the first round beside the terms: how the sites' weights become the model."""
+        fixed = self.model_dump(mode="json", include={"sites", "weights", "average_share", "client_level"})
+        return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
     def weight_of(self, site: str) -> float:
         """Its public weight."""

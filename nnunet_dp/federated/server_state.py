@@ -61,6 +61,8 @@ class ServerState:
         weights: global.
         average: of the global weights, for the model.
         sites: by name.
+        agreed: digest of what else is fixed before the first round (``RunConfig.agreed``).
+        ledger: sequence number and hash of the server ledger's newest line, with client-level privacy.
     """
 
     terms: str
@@ -68,6 +70,8 @@ class ServerState:
     weights: Arrays = field(repr=False)
     average: Arrays = field(repr=False)
     sites: Mapping[str, SiteRecord] = field(default_factory=dict)
+    agreed: str = ""
+    ledger: tuple[int, str] | None = None
 
 
 def digest(terms: Terms) -> str:
@@ -81,6 +85,7 @@ def write_state(state: ServerState, folder: Path) -> None:
     arrays |= {_AVERAGE + name: np.ascontiguousarray(array) for name, array in state.average.items()}
     sites = {name: asdict(record) for name, record in state.sites.items()}
     facts = {"terms": state.terms, "round": state.round, "sites": sites}
+    facts |= {"agreed": state.agreed, "ledger": state.ledger}
     with replacing(folder / STATE) as stream:
         stream.write(save(arrays, metadata={"state": json.dumps(facts)}))
 
@@ -99,12 +104,18 @@ def read_state(folder: Path, terms: Terms) -> ServerState | None:
             facts = json.loads(opened.metadata()["state"])
         arrays = load_file(file)
         sites = {name: SiteRecord(**record) for name, record in facts["sites"].items()}
+        ledger = facts.get("ledger")
     except Exception as error:  # safetensors raises its own, json and dataclasses theirs
         why = f"cannot be read ({type(error).__name__})"
         raise UsageRefusal(f"{STATE} in {folder.name} {why}: start a new run") from None
     if facts["terms"] != digest(terms):
-        raise UsageRefusal(f"{folder.name} holds another run: give this one a folder of its own")
-    return ServerState(facts["terms"], facts["round"], _part(arrays, _WEIGHTS), _part(arrays, _AVERAGE), sites)
+        raise UsageRefusal(
+            f"{folder.name} should be new or hold this run's state, but holds another run: go on with that one with "
+            "--resume, or give this one another --folder"
+        )
+    parts = _part(arrays, _WEIGHTS), _part(arrays, _AVERAGE)
+    head = (int(ledger[0]), str(ledger[1])) if ledger else None
+    return ServerState(facts["terms"], facts["round"], *parts, sites, facts.get("agreed", ""), head)
 
 
 def _part(arrays: Arrays, prefix: str) -> dict[str, np.ndarray]:

@@ -1,0 +1,287 @@
+"""Who takes part in a run: nodes of the engine become sites, by name.
+
+    a node comes -> query (who are you, do datasets and versions fit?) -> prepare (the run's plans) -> it is asked
+
+A site that comes back may be another node with the same name: it is asked again who it is and whether it has prepared
+the plans, which costs it nothing. What a node says once and for all (other labels, settings that refuse) is not asked
+again; silence and ``failed`` are, as often as a round is.
+
+Design note: ``busy`` means that the site works on an earlier message of this run, one of a coordinator that died, say.
+It is waited for, within the time that the message has; what it did meanwhile it sends then, without a new charge.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from nnunet_dp.errors import Refusal
+from nnunet_dp.federated.aggregation import Rejection, fault_of_header, parse
+from nnunet_dp.federated.protocol import Arrays, Code, Kind, PrepareRequest, QueryRequest, Reply
+from nnunet_dp.federated.run_config import RunConfig
+
+Message = tuple[str, Arrays]
+QUERY_TIMEOUT_S = 600.0
+FINAL = (Code.settings_refuse, Code.version_mismatch, Code.plans_mismatch, Code.malformed)
+"""Answers that asking again would not change."""
+ADVICE = {
+    Code.settings_refuse: "the terms ask for more than its own settings allow",
+    Code.version_mismatch: "it speaks another version of the protocol",
+    Code.plans_mismatch: "the run's plans do not fit its dataset, or it has prepared others",
+    Code.ledger_refuses: "its ledger has to be restored first",
+    Code.busy: "it still works on an earlier message",
+}
+
+
+class Transport(Protocol):
+    """Carries messages to sites; nodes are the engine's own names."""
+
+    def sites(self, minimum: int, timeout_s: float) -> list[str]:
+        """Nodes that are there, as soon as there are ``minimum``, or after ``timeout_s``."""
+        ...
+
+    def exchange(self, kind: Kind, messages: Mapping[str, Message], timeout_s: float) -> Mapping[str, Message]:
+        """Replies by node; a node without one in time is missing."""
+        ...
+
+
+class Enrolment:
+    """The nodes of one run.
+
+    Args:
+        config: of the run.
+        transport: to the sites.
+        say: told who declined.
+
+    Attributes:
+        names: of the nodes that are prepared.
+        silent: nodes that missed their last message.
+        declined: nodes that do not take part, and why.
+    """
+
+    busy_pause_s = 5.0
+
+    def __init__(self, config: RunConfig, transport: Transport, say: Callable[[str], None]) -> None:
+        self.names: dict[str, str] = {}
+        self.silent: set[str] = set()
+        self.declined: dict[str, str] = {}
+        self._config, self._terms, self._transport, self._say = config, config.terms, transport, say
+        self._final: set[str] = set()  # nodes that are not asked again
+        self._tries: Counter[str] = Counter()
+
+    def begin(self, needed: int) -> None:
+        """Wait for the sites, ask who they are, have them prepare.
+
+        Args:
+            needed: sites at least.
+
+        Raises:
+            Refusal: when there are too few, or one declined that the run may not begin without; with names.
+        """
+        config = self._config
+        nodes = self._transport.sites(config.sites, config.wait_for_sites_s)
+        if len(nodes) < needed:
+            raise Refusal(
+                f"{config.sites} sites should take part, {needed} at least; found {len(nodes)} after "
+                f"{config.wait_for_sites_s:.0f} s: start them with `nnunet-dp fed site`, then go on with --resume"
+            )
+        query_s = min(QUERY_TIMEOUT_S, config.prepare_timeout_s)
+        self.welcome(nodes, query_s, config.prepare_timeout_s, beginning=True)
+        if self.declined and not config.go_on_without:
+            why = "; ".join(self.declined.values())
+            raise Refusal(f"{why}: mend that and go on with --resume, or let the run begin without (--go-on-without)")
+        if len(self.names) < needed:
+            raise Refusal(f"{needed} sites at least should have prepared, found {len(self.names)}")
+        self._say(f"prepared: {', '.join(sorted(self.names.values()))}")
+
+    def look_around(self, minimum: int) -> None:
+        """Welcome nodes that came, or came back; nobody waits longer for them than for a round."""
+        limit = self._config.round_timeout_s
+        nodes = self._transport.sites(minimum, min(60.0, limit))
+        self.welcome(nodes, min(60.0, limit), min(limit, self._config.prepare_timeout_s))
+
+    def welcome(self, nodes: Sequence[str], query_s: float, prepare_s: float, beginning: bool = False) -> None:
+        """Query and prepare nodes that are new; a known name moves to a new node only when its old one is gone.
+
+        Args:
+            nodes: that are there.
+            query_s: to wait for an answer to the query.
+            prepare_s: to wait for preprocessing.
+            beginning: whether two nodes of one name end the run.
+
+        Raises:
+            Refusal: in the beginning, for two nodes of one name.
+        """
+        fresh = [node for node in nodes if node not in self.names and self._may_be_asked(node)]
+        if not fresh:
+            return
+        held = {name for node, name in self.names.items() if node in nodes and node not in self.silent}
+        found = self._query(fresh, query_s, beginning)
+        names = {node: name for node, name in found.items() if name not in held}
+        if names and not self.names:
+            self._say(f"preparing: {', '.join(sorted(names.values()))} (the first time, sites preprocess their images)")
+        self._prepare(names, prepare_s)
+
+    def _may_be_asked(self, node: str) -> bool:
+        return node not in self._final and self._tries[node] <= self._config.retries
+
+    def _decline(self, node: str, why: str, final: bool) -> None:
+        self._tries[node] += 1
+        self.declined[node] = why
+        if final:
+            self._final.add(node)
+        self._say(why)
+
+    # ---- query -----------------------------------------------------------------------------------------------------
+
+    def _query(self, nodes: Sequence[str], timeout_s: float, beginning: bool) -> dict[str, str]:
+        """Names of the nodes whose datasets and versions fit."""
+        request = QueryRequest(run=self._terms.run).model_dump_json()
+        replies = self.exchange("query", {node: (request, {}) for node in nodes}, timeout_s)
+        introduced = {node: self._introduced(node, replies.get(node)) for node in nodes}
+        found = {node: reply for node, reply in introduced.items() if reply is not None}
+        for node in self._doubles(found, beginning):
+            self._decline(node, f"{found.pop(node).site} is the name of two sites", final=False)
+        for node, reply in list(found.items()):
+            different = difference(reply, self._config.dataset_json)
+            if different:
+                self._decline(node, f"{found.pop(node).site} differs: {different}", final=True)
+        return {node: reply.site for node, reply in found.items()}
+
+    def _introduced(self, node: str, message: Message | None) -> Reply | None:
+        """A reply that gives an admitted name."""
+        reply = parse(message[0]) if message is not None else None
+        if not isinstance(reply, Reply) or fault_of_header(reply, self._terms.run, None, None):
+            why = "no reply" if reply is None else "another run" if isinstance(reply, Reply) else reply.value
+            self._decline(node, f"node {node} did not say who it is ({why})", final=False)
+        elif reply.code is not Code.ok:
+            self._decline(node, f"{reply.site} declines: {explained(reply.code)}", final=reply.code in FINAL)
+        elif self._config.allowed_sites and reply.site not in self._config.allowed_sites:
+            known = ", ".join(self._config.allowed_sites)
+            self._decline(node, f"{reply.site} is not one of the sites of this run ({known})", final=True)
+        else:
+            return reply
+        return None
+
+    def _doubles(self, found: Mapping[str, Reply], beginning: bool) -> list[str]:
+        """Nodes that share a name."""
+        often = Counter(reply.site for reply in found.values())
+        doubled = sorted(name for name, times in often.items() if times > 1)
+        if doubled and beginning:
+            raise Refusal(
+                f"every site should have a name of its own, found twice: {', '.join(doubled)}; give each its own "
+                "`name` in its settings, then go on with --resume"
+            )
+        return [node for node, reply in found.items() if reply.site in doubled]
+
+    # ---- prepare ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self, names: Mapping[str, str], timeout_s: float) -> None:
+        if not names:
+            return
+        request = PrepareRequest(
+            run=self._terms.run,
+            plans=self._config.plans,
+            dataset_json=self._config.dataset_json,
+            configuration=self._terms.configuration,
+            plans_sha256=self._terms.plans_sha256,
+        ).model_dump_json()
+        replies = self.exchange("prepare", {node: (request, {}) for node in names}, timeout_s)
+        for node, name in names.items():
+            fault, final = self._fault_of_preparation(replies.get(node), name, timeout_s)
+            if fault is None:
+                self._enter(node, name)
+            else:
+                self._decline(node, f"{name} did not prepare: {fault}", final)
+
+    def _enter(self, node: str, name: str) -> None:
+        self.names = {other: known for other, known in self.names.items() if known != name} | {node: name}
+        self.declined.pop(node, None)
+        del self._tries[node]
+
+    def _fault_of_preparation(self, message: Message | None, name: str, timeout_s: float) -> tuple[str | None, bool]:
+        """What is wrong, if anything, and whether that is final."""
+        if message is None:
+            return f"no reply within {timeout_s:.0f} s", False
+        reply = parse(message[0])
+        if isinstance(reply, Rejection):
+            return reply.value, False
+        fault = fault_of_header(reply, self._terms.run, None, name)
+        if fault is not None:
+            return fault.value, False
+        if reply.code is not Code.ok:
+            return explained(reply.code), reply.code in FINAL
+        same = reply.plans_sha256 == self._terms.plans_sha256
+        return (None, False) if same else (explained(Code.plans_mismatch), True)
+
+    # ---- messages --------------------------------------------------------------------------------------------------
+
+    def exchange(self, kind: Kind, messages: Mapping[str, Message], timeout_s: float) -> dict[str, Message]:
+        """Replies by node; a site that is busy is asked again until ``timeout_s`` is over."""
+        if not messages:
+            return {}
+        end = time.monotonic() + timeout_s
+        replies = dict(self._transport.exchange(kind, messages, timeout_s))
+        while busy := [node for node, reply in replies.items() if _is_busy(reply)]:
+            if time.monotonic() + self.busy_pause_s >= end:
+                break
+            time.sleep(self.busy_pause_s)
+            again = {node: messages[node] for node in busy}
+            replies |= self._transport.exchange(kind, again, max(0.0, end - time.monotonic()))
+        return replies
+
+
+def _is_busy(message: Message) -> bool:
+    reply = parse(message[0])
+    return isinstance(reply, Reply) and reply.code is Code.busy
+
+
+def explained(code: Code) -> str:
+    """A code, and what it means for the run."""
+    return f"{code.value} ({ADVICE[code]})" if code in ADVICE else code.value
+
+
+# ---- what has to be alike ----------------------------------------------------------------------------------------
+
+
+def difference(reply: Reply, dataset_json: Mapping[str, Any]) -> str | None:
+    """Between a site's dataset or versions and the run's, in public words.
+
+    Args:
+        reply: to the query.
+        dataset_json: the run's public description.
+
+    Returns:
+        The first difference; None where all fits. ``file_ending`` and nnunetv2 are compared where both sides have one.
+    """
+    theirs = reply.dataset_json or {}
+    pairs = {key: (theirs.get(key), dataset_json.get(key)) for key in ("labels", "regions_class_order")}
+    pairs["channels"] = _channels(theirs), _channels(dataset_json)
+    if "file_ending" in dataset_json:
+        pairs["file_ending"] = theirs.get("file_ending", dataset_json["file_ending"]), dataset_json["file_ending"]
+    pairs |= _versions(reply.versions or {})
+    for name, (found, expected) in pairs.items():
+        if found != expected:
+            return f"{name} {found!r:.200}, this run has {expected!r:.200}"
+    return None
+
+
+def _channels(description: Mapping[str, Any]) -> Any:
+    """In their order, which nnU-Net takes from the file's."""
+    found = description.get("channel_names") or description.get("modality") or {}
+    return list(found.items()) if isinstance(found, Mapping) else found
+
+
+def _versions(theirs: Mapping[str, str]) -> dict[str, tuple[str | None, str]]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from nnunet_dp import __version__
+
+    pairs: dict[str, tuple[str | None, str]] = {"nnunet_dp": (theirs.get("nnunet_dp"), __version__)}
+    try:
+        ours = version("nnunetv2")
+    except PackageNotFoundError:
+        return pairs
+    return {**pairs, "nnunetv2": (theirs.get("nnunetv2", ours), ours)}
