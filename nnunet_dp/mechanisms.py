@@ -5,9 +5,10 @@ line for the ledger, and ``release(bounded, receipt, generator)`` draws the nois
 the value itself and only against an unspent receipt for exactly this price. They differ in the bounded value
 that they accept:
 
-    SubsampledGaussian   ClippedSum     L2 bound, full batch or one Poisson draw GaussianWithCount
-    ClippedSum     the same with a centred count on the same draw: one event (quantile clipping) Laplace
-    L1Bounded      L1 bound ExponentialSelection BoundedScores  index of a good score, pure epsilon
+    SubsampledGaussian    ClippedSum     L2 bound, full batch or one Poisson draw
+    GaussianWithCount     ClippedSum     the same with a centred count on the same draw: one event (quantile clipping)
+    Laplace               L1Bounded      L1 bound
+    ExponentialSelection  BoundedScores  index of a good score, pure epsilon
 
 Example:
     >>> from pathlib import Path
@@ -62,9 +63,9 @@ class ClippedSum:
     """A sum over the drawn patients of clipped gradients, with the bound that each of them keeps.
 
     Attributes:
-        tensors: the sum, one tensor per parameter, float32 or float64, all on one device; private. l2_bound:
-        what one patient changes at most, L2 norm over all tensors together. centred_count: sum over the drawn
-        of (b_i - 1/2), sensitivity 1/2; only for quantile clipping; private.
+        tensors: the sum, one tensor per parameter, float32 or float64, all on one device; private.
+        l2_bound: what one patient changes at most, L2 norm over all tensors together.
+        centred_count: sum over the drawn of (b_i - 1/2), sensitivity 1/2; only for quantile clipping; private.
     """
 
     tensors: tuple[torch.Tensor, ...] = field(repr=False)

@@ -192,6 +192,20 @@ def test_nobody_takes_the_name_of_a_site_that_is_there(tmp_path):
     assert eve.trained == [] and weights(tmp_path).weights["w"].max() < 100
 
 
+def test_two_coordinators_in_one_folder_are_refused(tmp_path):
+    sites, second = three(), Run(tmp_path, three())
+    refused = []
+
+    def meanwhile(kind):
+        if kind == "train" and not refused:
+            with pytest.raises(Refusal, match="another coordinator works in"):
+                second()
+            refused.append(kind)
+
+    sites.before = meanwhile
+    assert Run(tmp_path, sites)().complete and refused
+
+
 def test_two_sites_of_one_name_are_refused(tmp_path):
     with pytest.raises(Refusal, match="found twice: ann"):
         Run(tmp_path, Memory({"1": Site("ann"), "2": Site("ann"), "3": Site("bob")}))()

@@ -3,7 +3,9 @@
 The algorithms know no engine; Flower enters through the two thin apps alone.
 
     protocol      what coordinator and sites say to each other: closed, validated
-    coordinator   rounds: query, prepare, train; who is missing, when it ends, what is written after each round
+    coordinator   rounds; what is written after each, when it ends
+    enrolment     who takes part: query, prepare, who comes back
+    progress      what is said of a round and of the whole run
     aggregation   replies in, next global weights out: fixed public weights, malformed replies named and left out
     site          one message in, one reply out: what a hospital does, under its own settings and its own ledger
     local         the local steps of one round: private ones, and those without a guarantee for comparison

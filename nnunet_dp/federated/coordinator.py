@@ -19,9 +19,12 @@ send what they have, uncharged. What sites said they spent is kept even where th
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +68,21 @@ def write_nnunet_model(config: RunConfig, weights: Arrays, facts: Mapping[str, A
     )  # fmt: skip
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold a run's folder as long as this process works on it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder / "coordinator.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Refusal(f"another coordinator works in {folder.name}: wait for it, or stop it") from None
+        yield
+    finally:
+        os.close(lock)
+
+
 class Coordinator:
     """One run.
 
@@ -89,9 +107,13 @@ class Coordinator:
         """All rounds that are left, then the model.
 
         Raises:
-            Refusal: when the run cannot begin, or a round had too few replies; what was finished is on disk, and the
-                model of the last finished round is written.
+            Refusal: when the run cannot begin, another coordinator works in the folder, or a round had too few
+                replies; what was finished is on disk, and the model of the last finished round is written.
         """
+        with _alone_in(self.folder):
+            return self._run()
+
+    def _run(self) -> Result:
         state = self._open()
         began, first = time.monotonic(), state.round
         if not self._is_over(state):
@@ -112,7 +134,6 @@ class Coordinator:
     # ---- beginning -------------------------------------------------------------------------------------------------
 
     def _open(self) -> ServerState:
-        self.folder.mkdir(parents=True, exist_ok=True)
         state = read_state(self.folder, self.terms)
         if state is not None:
             self._refuse_other_agreement(state)
