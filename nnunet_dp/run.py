@@ -31,6 +31,7 @@ LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
 _LOCK = "training.lock"
 _MODELS = "nnUNetTrainerDP*"
+_FEDERATED = "federated.json"  # beside the model of a federated run, whose charges lie in the sites' ledgers
 _BACK = "put the dataset's ledger back from a backup before training on"
 
 
@@ -125,7 +126,8 @@ class RunFolder:
         """
         copies = {copy: copy.read_bytes() for copy in sorted(self.results.rglob(LEDGER))}  # before the ledger grows on
         states = [read_checkpoint(file).get("private") for file in sorted(self.results.rglob(f"{_MODELS}/**/{LATEST}"))]
-        models = any(self.results.rglob(f"{_MODELS}/**/{FINAL}"))
+        finals = self.results.rglob(f"{_MODELS}/**/{FINAL}")
+        models = any(not (file.parent.parent / _FEDERATED).is_file() for file in finals)  # those are the sites' to pay
         charges = self._charges()
         known = {entry.line for entry in charges}
         for copy, content in copies.items():

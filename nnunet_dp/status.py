@@ -111,6 +111,8 @@ def read_status(folder: Path) -> Status:
         )
     content = json.loads(plans.read_text())
     section = read_section(content)
+    if section is None and (folder.parent / "federated.json").is_file():
+        raise UsageRefusal(f"{folder.parent.name} is a federated model: type `nnunet-dp fed status {folder.parent}`")
     if section is None:
         raise UsageRefusal(f"{folder.parent.name} was not trained with privacy: its plans have no private section")
     configuration = folder.parent.name.rsplit("__", 1)[-1]

@@ -175,6 +175,22 @@ def test_the_model_predicts_by_nnunets_own_predictor(finished, tmp_path):
     assert segmentation.shape == (32, 32) and set(np.unique(segmentation)) <= {0, 1}
 
 
+def test_the_model_may_lie_at_a_dataset_that_was_never_charged(finished, tmp_path):
+    _, run, _ = finished
+    results = tmp_path / "Dataset004_PhantomLesion"
+    shutil.copytree(run.model_folder, results / run.model_folder.name)
+    RunFolder(results / "nnUNetTrainerDP__x__2d" / "fold_0", tmp_path / LEDGER, results).verify_ledger()
+    (results / run.model_folder.name / "federated.json").unlink()
+    with pytest.raises(Refusal, match="private models of this dataset exist"):
+        RunFolder(results / "nnUNetTrainerDP__x__2d" / "fold_0", tmp_path / LEDGER, results).verify_ledger()
+
+
+def test_status_of_the_model_names_the_command_that_knows(finished, capsys):
+    _, run, _ = finished
+    assert main(["status", str(run.model_folder / "fold_all")]) == 2
+    assert "nnunet-dp fed status" in capsys.readouterr().err
+
+
 def test_a_later_training_on_a_sites_dataset_is_not_disturbed(finished):
     place, _, _ = finished
     for number in (301, 302):
