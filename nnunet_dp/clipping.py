@@ -47,6 +47,7 @@ from torch import Tensor
 SAFETY = 1.0 - 2.0**-16
 LARGEST_NORM = 1e30
 SMALLEST_NORM = 1e-12
+SMALLEST_BOUND = 1e-100  # below, products with it underflow and a contribution may exceed it
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class ClipRule(ABC):
 
     def __post_init__(self) -> None:
         """Refuse a bound that is not a positive finite number."""
-        if not (math.isfinite(self.bound) and self.bound > 0):
-            raise ValueError(f"a clipping bound must be a positive finite number, found {self.bound}")
+        if not (math.isfinite(self.bound) and self.bound >= SMALLEST_BOUND):
+            raise ValueError(f"a clipping bound must be a positive finite number of at least {SMALLEST_BOUND}, found {self.bound}")
 
     def groups(self, names: Sequence[str]) -> tuple[int, ...]:
         """Group index of each parameter: one group for all, unless the rule clips groups apart."""

@@ -144,7 +144,9 @@ def coordinator_plans(**changes: Any) -> dict[str, Any]:
     two |= {"normalization_schemes": ["ZScoreNormalization"] * 3, "use_mask_for_norm": [False] * 3}
     for what in ("data", "seg", "probabilities"):
         two[f"resampling_fn_{what}"] = "resample_data_or_seg_to_shape"
-        two[f"resampling_fn_{what}_kwargs"] = {"is_seg": what == "seg", "order": 1, "order_z": 0}
+        two[f"resampling_fn_{what}_kwargs"] = {
+            "is_seg": what == "seg", "order": 3 if what == "data" else 1, "order_z": 0, "force_separate_z": None,
+        }  # fmt: skip
     return (
         ordinary_plans.ordinary_plans()
         | {

@@ -192,6 +192,15 @@ def test_nobody_takes_the_name_of_a_site_that_is_there(tmp_path):
     assert eve.trained == [] and weights(tmp_path).weights["w"].max() < 100
 
 
+def test_what_a_site_said_it_spent_never_falls(tmp_path):
+    sites = three()
+    lower = {"epsilon": 0.01, "delta": 0.5, "unit": "image"}
+    sites.nodes["1"].spoil = faulty(lambda q, r, w: (r.model_copy(update=lower), w))
+    run = Run(tmp_path, sites, asked=terms(rounds=2))
+    first, *_ = run().sites
+    assert (first["epsilon_spent"], first["delta"], first["unit"]) == (1.0, 1e-5, "patient")
+
+
 def test_two_coordinators_in_one_folder_are_refused(tmp_path):
     sites, second = three(), Run(tmp_path, three())
     refused = []

@@ -537,6 +537,10 @@ HOSTILE = [
     with_edit(*TWO, "preprocessor_name", to="x"),
     with_edit(*TWO, "inherits_from", to="2d"),
     with_edit(*TWO, "resampling_fn_data", to="os"),
+    with_edit(*TWO, "resampling_fn_data_kwargs", "order", to=99),  # would fail only where an image is resampled
+    with_edit(*TWO, "resampling_fn_seg", to="no_resampling_hack"),
+    with_edit(*TWO, "spacing", to=[1.0, 1e-9]),
+    with_edit(*TWO, "spacing", to=[1.0, "1.0"]),
     with_edit(*TWO, "normalization_schemes", to=["os"] * 3),
     with_edit(*TWO, "architecture", "network_class_name", to="subprocess.Popen"),
     with_edit(*TWO, "architecture", "arch_kwargs", "nonlin", to="subprocess.Popen"),
@@ -553,6 +557,25 @@ def test_plans_that_name_foreign_classes_or_folders_are_refused(site, plans):
     assert site.prepare(plans).code == "plans_mismatch"
     after = {file.name for file in set(site.root.rglob("*")) - set(before)}
     assert after <= {"results", DATASET, "federated_log.txt"}
+
+
+def test_no_more_plans_are_tried_than_the_settings_allow_whether_they_succeed_or_not(site, monkeypatch):
+    from nnunet_dp import nnunet_site
+
+    tried = [with_edit(*TWO, "spacing", to=[1.0, 1.0 + k / 10]) for k in (1, 2, 3)]
+
+    def fails(*arguments):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nnunet_site, "preprocess", fails)
+        before = len(json.loads((site.preprocessed / "federated" / "plans_tried.json").read_text()))
+        codes = [site.with_settings(max_plans=before + 2).prepare(plans).code for plans in (*tried, tried[0])]
+    assert codes == ["failed", "failed", "settings_refuse", "failed"]
+
+
+def test_a_header_that_nests_too_deeply_is_answered(site):
+    assert site.say("train", "[" * 200_000).code in ("malformed", "failed")
 
 
 def test_the_folder_that_plans_name_is_never_touched(site):

@@ -79,7 +79,7 @@ def _failed(settings: SiteSettings | None, header: str) -> str:
     try:
         content = json.loads(header)
         run = TypeAdapter(Hex).validate_python(content.get("run") or content["terms"]["run"])
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, ValidationError):
         run = "0"
     site = NAMELESS if settings is None else settings.name
     return Reply(code=Code.failed, site=site, run=run).model_dump_json(exclude_none=True)

@@ -40,6 +40,9 @@ max_epsilon = {max_epsilon}
 device = {device}
 processes = {processes}    # beside the training: they load patients, and preprocess
 
+# Most plans that coordinators may have this dataset preprocessed with, ever.
+max_plans = 5
+
 # Modes without any privacy guarantee (fedavg, paper) are declined. Only for data that need no protection:
 # allow_no_guarantee = true
 """

@@ -97,7 +97,7 @@ class Terms(Frozen):
     sampling_probability: float = Field(default=1.0, gt=0, le=1)
     noise: Literal["gaussian", "laplace"] = "gaussian"
     percentile: float = Field(default=50.0, gt=0, lt=100)
-    bound: float = Field(default=1.0, gt=0)
+    bound: float = Field(default=1.0, ge=1e-6, le=1e8)  # far from where a product with it would underflow
     learning_rate: float = Field(default=0.3, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     decay_power: float = Field(default=0.9, ge=0)

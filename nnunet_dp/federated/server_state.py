@@ -48,6 +48,8 @@ class SiteRecord:
         """After a reply; what it does not say stays."""
         said = {key: getattr(reply, key) for key in ("epsilon", "delta", "unit", "bound")}
         known = {key: value for key, value in said.items() if value is not None}
+        if self.epsilon is not None:  # what was spent never falls, nor changes what it is counted at and per
+            known |= {"epsilon": max(self.epsilon, known.get("epsilon", 0.0)), "delta": self.delta, "unit": self.unit}
         return replace(self, **known)
 
 

@@ -109,6 +109,7 @@ def write_settings(folder: Path, site: LocalSite, asked: Simulation, mode: Mode,
         **{part: str(nnunet_folder(part).resolve()) for part in ("raw", "preprocessed", "results")},
         "device": asked.device,
         "processes": asked.processes,
+        "max_plans": 10_000,  # one operator owns images and plans
         "allow_no_guarantee": mode in (Mode.fedavg, Mode.paper),
     }
     file = folder / SETTINGS / f"{site.name}.toml"

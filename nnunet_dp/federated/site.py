@@ -9,8 +9,9 @@ dataset's results folder, which never leaves the site.
 
 Formal guarantee:
     A reply is a function of the request, of the site's settings, of public facts about its dataset (its description,
-    the unit's name, the size of delta) and of releases that its ledger was charged for first; in the modes without a
-    guarantee, which the site's settings must allow, of its data.
+    the unit's name, the size of delta), of whether its images could be preprocessed with each of at most ``max_plans``
+    plans, and of releases that its ledger was charged for first; in the modes without a guarantee, which the site's
+    settings must allow, of its data. How long a reply takes is not part of it.
 
 Design note: Flower starts a process per message and may send one twice. Nothing lives in memory; whoever comes while
 another message is worked on is told ``busy``.
@@ -124,6 +125,7 @@ def _prepare(request: PrepareRequest, settings: SiteSettings) -> Answer:
         from nnunet_dp.nnunet_site import find_units, preprocess
 
         if not store.is_prepared(sha256, configuration):
+            store.note_attempt(sha256, configuration, settings.max_plans)
             preprocess(plans, configuration, store.raw, store.preprocessed, settings.processes)
             find_units(settings, store.preprocessed)
             store.write_prepared(sha256, configuration, plans)
@@ -197,7 +199,7 @@ def _echo(header: str) -> dict[str, Any]:
         content = json.loads(header)
         run = (content.get("terms") or content).get("run", "0")
         number = content.get("round")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return {"run": "0"}
     valid = isinstance(run, str) and re.fullmatch(r"[0-9a-f]{1,64}", run) is not None
     whole = type(number) is int and number >= 0

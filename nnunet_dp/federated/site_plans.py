@@ -47,9 +47,11 @@ _KNOWN_ARGUMENTS = frozenset((
     "n_stages", "features_per_stage", "kernel_sizes", "strides", "n_conv_per_stage", "n_blocks_per_stage",
     "n_conv_per_stage_decoder", "conv_bias", "norm_op_kwargs", "dropout_op_kwargs", "nonlin_kwargs", *_IMPORTED,
 ))  # fmt: skip
-_RESAMPLING = (
-    "resample_data_or_seg_to_shape", "resample_torch_simple", "resample_torch_fornnunet", "no_resampling_hack",
-)  # fmt: skip
+_RESAMPLING = {  # nnU-Net's own, to the letter: an option that fails only on some image would tell of that image
+    what: {"is_seg": what == "seg", "order": order, "order_z": 0, "force_separate_z": None}
+    for what, order in (("data", 3), ("seg", 1), ("probabilities", 1))
+}
+_SPACING_MM = (0.01, 100.0)
 _NORMALIZATION = (
     "ZScoreNormalization", "CTNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization",
 )  # fmt: skip
@@ -102,8 +104,11 @@ def _require_kinds(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -
     _require(configuration.get("preprocessor_name") == "DefaultPreprocessor", "preprocessor_name")
     schemes = configuration.get("normalization_schemes")
     _require(isinstance(schemes, list) and all(scheme in _NORMALIZATION for scheme in schemes), "normalization_schemes")
-    for what in ("data", "seg", "probabilities"):
-        _require(configuration.get(f"resampling_fn_{what}") in _RESAMPLING, f"resampling_fn_{what}")
+    for what, options in _RESAMPLING.items():
+        _require(configuration.get(f"resampling_fn_{what}") == "resample_data_or_seg_to_shape", f"resampling_fn_{what}")
+        _require(configuration.get(f"resampling_fn_{what}_kwargs") == options, f"resampling_fn_{what}_kwargs")
+    spacing = configuration.get("spacing")
+    _require(isinstance(spacing, list) and all(map(_is_spacing, spacing)), "spacing")
     _require_architecture(configuration.get("architecture"))
 
 
@@ -116,6 +121,10 @@ def _require_architecture(architecture: Any) -> None:
     for key in _IMPORTED:
         value = arguments.get(key)
         _require(value is None or _TORCH.fullmatch(str(value)) is not None, f"arch_kwargs.{key}")
+
+
+def _is_spacing(edge: Any) -> bool:
+    return type(edge) in (int, float) and _SPACING_MM[0] <= edge <= _SPACING_MM[1]
 
 
 def _require(holds: bool, what: str) -> None:

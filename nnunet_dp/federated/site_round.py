@@ -188,7 +188,10 @@ class _Run:
             self._save(asked)
         fields = {"run": self.terms.run, "round": self.request.round, "plans_sha256": self.terms.plans_sha256}
         bound = {"bound": self.training.rule.bound} if self.terms.mode is Mode.adp_fl else {}
-        return fields | self._spent() | bound, weights_of(self.training.network)
+        weights = weights_of(self.training.network)
+        if not all(bool(np.isfinite(array).all()) for array in weights.values()):  # decided after the noise
+            raise Declined(Code.failed, "the weights are not finite after this round: they are not sent")
+        return fields | self._spent() | bound, weights
 
     def _take_steps(self) -> int:
         """As many of the round's local steps as the budgets leave; how many they were."""

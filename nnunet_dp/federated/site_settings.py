@@ -58,6 +58,8 @@ class SiteSettings(BaseModel):
         results: see ``raw``.
         device: where to train.
         processes: that preprocess, and load patients beside the training where it is more than one.
+        max_plans: most plans that coordinators may have this dataset preprocessed with, ever: whether preprocessing
+            succeeds is one word about the images, and costs no budget.
         allow_no_guarantee: whether modes without any privacy guarantee may use this dataset.
         patients_file: says which case belongs to whom; None takes the dataset's own ``patients.csv``.
         patients_column: its column that names the unit.
@@ -74,6 +76,7 @@ class SiteSettings(BaseModel):
     results: Path | None = None
     device: Literal["cpu", "cuda"] = "cpu"
     processes: int = Field(default=1, ge=1, le=64, strict=True)
+    max_plans: int = Field(default=5, ge=1, strict=True)
     allow_no_guarantee: StrictBool = False
     patients_file: Path | None = None
     patients_column: str | None = None

@@ -126,6 +126,20 @@ class Store:
         """Note that everything is preprocessed with these admitted plans."""
         self._write(self._prepared_file(plans_sha256, configuration), dict(plans))
 
+    def note_attempt(self, plans_sha256: str, configuration: str, most: int) -> None:
+        """Note on disk, before any image is read, that these plans are tried.
+
+        Raises:
+            Declined: when as many others as the site allows were tried before, whether they succeeded or not.
+        """
+        file, mine = self.preprocessed / _FOLDER / "plans_tried.json", f"{plans_sha256}_{configuration}"
+        tried = json.loads(file.read_text()) if file.is_file() else []
+        if mine in tried:
+            return
+        if len(tried) >= most:
+            raise Declined(Code.settings_refuse, f"max_plans: {len(tried)} other plans were tried on this dataset")
+        self._write(file, [*tried, mine])
+
     def run_record(self, run: str) -> dict[str, Any] | None:
         """``terms`` and private ``plans`` of a run that has begun here, or None."""
         file = self._run_file(run)
