@@ -69,7 +69,8 @@ class ClipRule(ABC):
     def __post_init__(self) -> None:
         """Refuse a bound that is not a positive finite number."""
         if not (math.isfinite(self.bound) and self.bound >= SMALLEST_BOUND):
-            raise ValueError(f"a clipping bound must be a positive finite number of at least {SMALLEST_BOUND}, found {self.bound}")
+            least = f"a positive finite number of at least {SMALLEST_BOUND}"
+            raise ValueError(f"a clipping bound must be {least}, found {self.bound}")
 
     def groups(self, names: Sequence[str]) -> tuple[int, ...]:
         """Group index of each parameter: one group for all, unless the rule clips groups apart."""

@@ -206,6 +206,7 @@ NOT_COVERED = (
     "floating_point_gaussian_from_a_non_cryptographic_generator",  # Mironov 2012
     "choosing_between_models_by_their_validation_results",  # nnUNetv2_find_best_configuration, for one
     "copies_of_the_dataset_under_another_id_and_their_ledgers",
+    "models_trained_without_privacy_on_the_same_patients",
 )
 
 

@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 from doors import chain_holds, read_lines, recounted_epsilon, wait_until
-from one_site import DATASET, LEDGER, Site, coordinator_plans, first_weights, make_site, terms, train_header
+from one_site import DATASET, LEDGER, Answer, Site, coordinator_plans, first_weights, make_site, terms, train_header
 
 from nnunet_dp import dpsgd, loading, nnunet
-from nnunet_dp.federated.protocol import Reply, Terms, arrays_sha256
+from nnunet_dp.federated.protocol import Mode, Reply, Terms, arrays_sha256
 from nnunet_dp.federated.site import public_part
 from nnunet_dp.federated.site_store import SITE_TRAINER, _holding
+from nnunet_dp.federated.summary import SiteSummary, Summary, recounted
 from nnunet_dp.gradients import trainable
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.run import LATEST, read_checkpoint
@@ -338,6 +339,31 @@ def test_runs_with_and_without_guarantee_do_not_disturb_each_other(site, weights
     asked = [terms(), terms(run="0b", mode="fedavg")]
     codes = [allowed.train(one, number, weights).code for number in range(3) for one in asked]
     assert codes == ["ok"] * 6 and len(site.charges()) == 6
+
+
+def counted(site: Site, answer: Answer) -> SiteSummary:
+    told = SiteSummary("one", 1, answer.reply.epsilon, answer.reply.delta, answer.reply.unit)
+    whole = Summary(terms().run, Mode.dp_fedavg, 1, complete=False, sites=(told,))
+    (found,) = recounted(whole, {"one": (site.root / "results" / DATASET, site.preprocessed)}).sites
+    return found
+
+
+def test_the_recount_includes_a_line_that_the_copy_beside_the_weights_lacks(site, weights):
+    answer = site.train(terms(), 0, weights)
+    copy = site.fold / LEDGER
+    copy.write_bytes(b"".join(copy.read_bytes().splitlines(keepends=True)[:-1]))  # killed between the two writes
+    assert counted(site, answer).recounted == answer.reply.epsilon > 0
+
+
+def test_after_a_run_without_guarantee_no_total_of_the_dataset_is_claimed(site, weights):
+    answer = site.train(terms(), 0, weights)
+    before = counted(site, answer)
+    assert before.dataset_total == answer.reply.epsilon and not before.released_without_guarantee
+    allowed = site.with_settings(allow_no_guarantee=True)
+    assert allowed.train(terms(run="0b", mode="fedavg"), 0, weights).code == "ok"
+    after = counted(site, answer)
+    assert after.dataset_total is None and after.released_without_guarantee and "NO GUARANTEE" in after.line(True)
+    assert after.spent == before.spent
 
 
 @pytest.mark.parametrize(("mode", "mechanisms"), [("dp-fedavg", {"laplace"}), ("adp-fl", {"laplace", "gaussian"})])

@@ -253,7 +253,7 @@ def _inputs(found: PublicPlans, provenance: Mapping[str, Any]) -> dict[str, str]
 def not_covered(found: PublicPlans) -> tuple[str, ...]:
     """What the guarantee of a run leaves out; plans that are public are no longer among it."""
     left = [what for what in NOT_COVERED if not (found.public and what == RAW_FINGERPRINT)]
-    return (*left, "charges_for_the_same_patient_at_other_sites")
+    return (*left, "charges_for_the_same_patient_at_other_sites", "how_long_a_site_takes_to_reply")
 
 
 def _config(

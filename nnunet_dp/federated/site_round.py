@@ -64,6 +64,7 @@ def take_round(request: TrainRequest, arrays: Arrays, settings: SiteSettings, st
     plans_name = store.prepared(terms.plans_sha256, terms.configuration)["plans_name"]
     trainer = SITE_TRAINER if terms.private else FREE_TRAINER
     fold = store.fold(trainer, plans_name, terms.configuration)
+    torch.set_flush_denormal(True)  # subnormal numbers are many times slower: weights could ask by the clock
     with store.held_fold(fold):
         run = _Run(request, settings, store, fold)
         with closing(run.open()):
@@ -143,6 +144,7 @@ class _Run:
         shown = {key: value for key, value in self.plans.items() if self.terms.private or key != SECTION}
         nnunet_site.write_model_files(self.fold.parent, shown, self.dataset_json)
         if not self.terms.private:
+            self.store.note_no_guarantee()
             (self.fold / NO_GUARANTEE).write_text(_MARK)
             (self.fold.parent / NO_GUARANTEE).write_text(_MARK)
         self._save({})

@@ -149,6 +149,13 @@ class Store:
         """Note that a run has begun; written once its first checkpoint is on disk."""
         self._write(self._run_file(terms.run), {"terms": terms.model_dump(mode="json"), "plans": dict(plans)})
 
+    def note_no_guarantee(self) -> None:
+        """Note, before it begins, that a mode without guarantee is run on this dataset; the note stays."""
+        file = _no_guarantee_file(self.preprocessed)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as stream:
+            stream.write(b"A model was trained on this dataset without any privacy guarantee.\n")
+
     def _prepared_file(self, plans_sha256: str, configuration: str) -> Path:
         return self.preprocessed / _FOLDER / f"prepared_{plans_sha256}_{configuration}.json"
 
@@ -186,6 +193,15 @@ class Store:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
         with (self.results / "federated_log.txt").open("a") as stream:
             stream.write(f"{now} {text}\n")
+
+
+def released_without_guarantee(preprocessed: Path) -> bool:
+    """Whether a mode without guarantee was ever run on the dataset of this preprocessed folder."""
+    return _no_guarantee_file(preprocessed).is_file()
+
+
+def _no_guarantee_file(preprocessed: Path) -> Path:
+    return preprocessed / _FOLDER / NO_GUARANTEE
 
 
 def may_name_a_folder(text: Any) -> bool:

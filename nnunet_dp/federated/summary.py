@@ -18,6 +18,7 @@ from typing import Any
 
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Mode
+from nnunet_dp.federated.site_store import released_without_guarantee
 
 FEDERATED, CONFIG, SETTINGS, RESULT = "federated.json", "config.json", "settings", "federated_result.json"
 NO_GUARANTEE = "no guarantee"
@@ -36,7 +37,8 @@ class SiteSummary:
         delta: of it.
         unit: of it.
         recounted: epsilon from its own ledger, where that is at hand.
-        dataset_total: epsilon of every run on its dataset, from the same ledger.
+        dataset_total: epsilon of every run on its dataset, from the same ledger; None where some had no guarantee.
+        released_without_guarantee: whether a mode without guarantee was run on its dataset; None where nobody knows.
     """
 
     name: str
@@ -46,6 +48,7 @@ class SiteSummary:
     unit: str | None = None
     recounted: float | None = None
     dataset_total: float | None = None
+    released_without_guarantee: bool | None = None
 
     @property
     def spent(self) -> float | None:
@@ -56,7 +59,8 @@ class SiteSummary:
         """For ``--json``."""
         told = {"name": self.name, "epsilon_spent": self.spent, "delta": self.delta, "unit": self.unit}
         counted = {"recounted": self.recounted is not None, "epsilon_dataset_total": self.dataset_total}
-        return {**told, "rounds": self.rounds, **counted}
+        free = {"released_without_guarantee": self.released_without_guarantee}
+        return {**told, "rounds": self.rounds, **counted, **free}
 
     def line(self, private: bool) -> str:
         """For people."""
@@ -64,6 +68,8 @@ class SiteSummary:
             return f"{self.rounds} rounds, {'nothing spent' if private else NO_GUARANTEE}"
         how = "counted from its ledger" if self.recounted is not None else "as reported"
         total = f"; its dataset in total {self.dataset_total:.4g}" if self.dataset_total is not None else ""
+        if self.released_without_guarantee:
+            total = "; OTHER RUNS on its dataset had NO GUARANTEE: this epsilon is of this run alone"
         return f"epsilon {self.spent:.4g} at delta {self.delta:g} per {self.unit}, {self.rounds} rounds, {how}{total}"
 
 
@@ -181,16 +187,18 @@ def _recount(site: SiteSummary, summary: Summary, results: Path, preprocessed: P
     fold = _fold_of(summary.run, results)
     if fold is None or site.delta is None or not (fold / LEDGER).is_file():
         return site
-    own = read_copy(fold / LEDGER)
-    spent = epsilon_of(own, site.delta)
+    whole, own = preprocessed / LEDGER, read_copy(fold / LEDGER)
+    everything = read_ledger(whole) if whole.is_file() else ()
+    runs = {entry.run for entry in own}  # the copy is written last and may lack the newest line
+    spent = epsilon_of([entry for entry in everything if entry.run in runs] or own, site.delta)
     if site.epsilon is not None and site.epsilon > spent + _TOLERANCE:
         raise Refusal(
             f"{site.name} reported epsilon {site.epsilon:.4g}, the ledger beside its weights proves only {spent:.4g}: "
             f"put {LEDGER} back from a backup"
         )
-    whole = preprocessed / LEDGER
-    total = epsilon_of(read_ledger(whole), site.delta) if whole.is_file() else None
-    return replace(site, recounted=spent, dataset_total=total)
+    released = released_without_guarantee(preprocessed)
+    total = epsilon_of(everything, site.delta) if everything and not released else None
+    return replace(site, recounted=spent, dataset_total=total, released_without_guarantee=released)
 
 
 def _fold_of(run: str, results: Path) -> Path | None:
