@@ -18,6 +18,7 @@ Formal guarantee:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
@@ -184,7 +185,10 @@ class _Run:
         taken = self.checkpoint["federated"] if self.checkpoint else {}
         if {key: taken.get(key) for key in asked} != asked:
             load_weights(arrays, self.training.network)
-            if not self._take_steps():
+            began, taken = time.monotonic(), self._take_steps()
+            which, seconds = f"run {self.terms.run} round {self.request.round}", time.monotonic() - began
+            self.store.log(f"{which}: {taken} steps in {seconds:.2f} s")
+            if not taken:
                 reason = "no further step fits the run's or the dataset's budget"
                 raise Declined(Code.budget_spent, reason, **self._spent())
             self._save(asked)
