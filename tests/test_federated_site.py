@@ -19,6 +19,7 @@ from doors import chain_holds, read_lines, recounted_epsilon, wait_until
 from one_site import DATASET, LEDGER, Answer, Site, coordinator_plans, first_weights, make_site, terms, train_header
 
 from nnunet_dp import dpsgd, loading, nnunet
+from nnunet_dp.federated import site_round
 from nnunet_dp.federated.protocol import Mode, Reply, Terms, arrays_sha256
 from nnunet_dp.federated.site import public_part
 from nnunet_dp.federated.site_store import SITE_TRAINER, _holding
@@ -598,6 +599,13 @@ def test_no_more_plans_are_tried_than_the_settings_allow_whether_they_succeed_or
         before = len(json.loads((site.preprocessed / "federated" / "plans_tried.json").read_text()))
         codes = [site.with_settings(max_plans=before + 2).prepare(plans).code for plans in (*tried, tried[0])]
     assert codes == ["failed", "failed", "settings_refuse", "failed"]
+
+
+def test_subnormal_numbers_are_flushed_during_a_round_and_not_after_it(site, weights, monkeypatch):
+    during = []
+    monkeypatch.setattr(site_round, "load_weights", lambda arrays, network: during.append(float(torch.tensor(1e-45) * 1)))
+    assert site.train(terms(), 0, weights).code == "ok"
+    assert during == [0.0] and float(torch.tensor(1e-45) * 1) > 0
 
 
 def test_a_header_that_nests_too_deeply_is_answered(site):

@@ -19,8 +19,8 @@ Formal guarantee:
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +65,25 @@ def take_round(request: TrainRequest, arrays: Arrays, settings: SiteSettings, st
     plans_name = store.prepared(terms.plans_sha256, terms.configuration)["plans_name"]
     trainer = SITE_TRAINER if terms.private else FREE_TRAINER
     fold = store.fold(trainer, plans_name, terms.configuration)
-    torch.set_flush_denormal(True)  # subnormal numbers are many times slower: weights could ask by the clock
-    with store.held_fold(fold):
+    with store.held_fold(fold), _subnormals_flushed():
         run = _Run(request, settings, store, fold)
         with closing(run.open()):
             refuse_weights(arrays, run.model.network)
             run.begin_or_restore()
             return run.answer(arrays)
+
+
+@contextmanager
+def _subnormals_flushed() -> Iterator[None]:
+    """Subnormal numbers are many times slower to compute with: weights made for it could ask by the clock.
+
+    Only while it is needed: scipy's cKDTree ends the process with a segmentation fault in this mode.
+    """
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class _Run:
