@@ -602,10 +602,13 @@ def test_no_more_plans_are_tried_than_the_settings_allow_whether_they_succeed_or
 
 
 def test_subnormal_numbers_are_flushed_during_a_round_and_not_after_it(site, weights, monkeypatch):
+    def product() -> float:
+        return float(torch.tensor(1e-45) * 1)
+
     during = []
-    monkeypatch.setattr(site_round, "load_weights", lambda arrays, network: during.append(float(torch.tensor(1e-45) * 1)))
+    monkeypatch.setattr(site_round, "load_weights", lambda arrays, network: during.append(product()))
     assert site.train(terms(), 0, weights).code == "ok"
-    assert during == [0.0] and float(torch.tensor(1e-45) * 1) > 0
+    assert during == [0.0] and product() > 0
 
 
 def test_a_header_that_nests_too_deeply_is_answered(site):
