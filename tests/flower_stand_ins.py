@@ -5,7 +5,9 @@ for it. The coordinator's configuration is a list of steps; the site echoes what
 """
 
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
 import types
@@ -51,9 +53,23 @@ def handle(kind, header, arrays, settings):
     if mine and told.get("do") == "sleep":
         time.sleep(told["seconds"])
     if mine and told.get("do") == "kill":
-        os.kill(os.getpid(), 9)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if mine and told.get("do") == "end":
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    if mine and told.get("do") == "fork":
+        end_a_forked_worker()
     reply = {"code": "ok", "site": settings.name, "kind": kind, "run": "0", "round": told.get("round")}
     return json.dumps(reply), dict(arrays)
+
+
+def end_a_forked_worker():
+    """As the end of a pool: one worker forked, told to end, waited for."""
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    worker.terminate()
+    worker.join()
+    assert worker.exitcode == -signal.SIGTERM, "the worker should end by the signal alone"
 
 
 def losing_handle(kind, header, arrays, settings):

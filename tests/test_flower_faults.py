@@ -136,6 +136,20 @@ def test_an_app_that_is_killed_costs_its_site_that_round_alone(federation):
     assert first["sites"] == ["south"] and sorted(third["sites"]) == ["north", "south"]
 
 
+def test_a_worker_that_an_app_forked_and_ends_does_not_end_the_app(federation):
+    federation.start("north"), federation.start("south")
+    assert federation.wait(federation.submit(*[{"do": "fork"}] * 3)).exit_code == 0
+    assert [sorted(done["sites"]) for done in federation.rounds()] == [["north", "south"]] * 3
+
+
+def test_an_app_that_is_ended_costs_its_site_that_round_alone(federation):
+    federation.start("north"), federation.start("south")
+    assert federation.wait(federation.submit({"do": "end", "only": "north"}, {})).exit_code == 0
+    first, second = federation.rounds()
+    assert first["sites"] == ["south"] and first["seconds"] < 30  # Flower says so; nobody waits for the time to be over
+    assert sorted(second["sites"]) == ["north", "south"]
+
+
 @pytest.mark.slow
 def test_a_killed_coordinator_is_noticed_and_its_run_resumed(federation):
     federation.start("north"), federation.start("south")

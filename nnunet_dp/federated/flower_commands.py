@@ -30,7 +30,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any, Literal
 
-from nnunet_dp.federated.process_table import end_with_parent
+from nnunet_dp.federated.process_table import end_with_parent, let_forked_workers_just_end
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -97,10 +97,13 @@ def _superlink() -> None:
 
 
 def _supernode() -> None:
-    """Ask for messages more often than every three seconds, which would be most of a round without training."""
+    """Ask for messages every half second instead of three, and answer for an app that ended without a reply."""
+    import flwr.supernode.nodestate.in_memory_nodestate as states
     import flwr.supernode.start_client_internal as node
     from flwr.supernode.cli import flower_supernode
 
+    kept = _replaceable(states, "InMemoryNodeState")
+    kept.finish_task = _with_a_reply(_replaceable(kept, "finish_task"), _replaceable(kept, "_on_task_tokens_expired"))
     node._pull_and_store_message = _until_there_is_one(_replaceable(node, "_pull_and_store_message"))  # pyright: ignore
     flower_supernode()
 
@@ -114,6 +117,18 @@ def _until_there_is_one(pull: Callable[..., int | None]) -> Callable[..., int]:
     return pulled
 
 
+def _with_a_reply(finish: Callable[..., bool], reply_error: Callable[..., None]) -> Callable[..., bool]:
+    """Flower answers for an app that was killed, not for one that was ended; the site would wait for it for good."""
+
+    def finished(state: Any, task_id: int, sub_status: str, details: str) -> bool:
+        ended = finish(state, task_id, sub_status, details)
+        if ended and sub_status != "completed":
+            reply_error(state, state.get_tasks(task_ids=[task_id]))
+        return ended
+
+    return finished
+
+
 def _superexec() -> None:
     from flwr.supercore.cli import flower_superexec
 
@@ -123,6 +138,7 @@ def _superexec() -> None:
 def _serverapp() -> None:
     from flwr.superlink.cli import flwr_serverapp
 
+    let_forked_workers_just_end()
     flwr_serverapp()
 
 
@@ -140,6 +156,7 @@ def _clientapp() -> None:
     parser.add_argument("--runtime-api-address", required=True)
     add_args_flwr_app_common(parser)
     given = parser.parse_args()
+    let_forked_workers_just_end()
     runner.run_clientapp(
         runtime_api_address=given.runtime_api_address,
         token=try_obtain_flwr_app_token(given),

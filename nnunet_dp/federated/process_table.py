@@ -18,6 +18,7 @@ from pathlib import Path
 
 _PROC = Path("/proc")
 _PR_SET_PDEATHSIG = 1  # prctl(2)
+_ENDING = {signal.SIGINT, signal.SIGTERM, signal.SIGQUIT}
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,31 @@ def end_with_parent(parent: int) -> None:
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None and prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) == 0 and os.getppid() != parent:
         sys.exit(1)
+
+
+def let_forked_workers_just_end() -> None:
+    """Let workers that are forked from now on end at a signal, without this process's own handlers.
+
+    Flower's handlers report the task as stopped, under its token. In a worker of a pool (nnU-Net forks one to list the
+    cases) that is ended with SIGTERM they would end the task of the process that forked it, or wait forever for a lock
+    that another thread held at the fork.
+
+    Design note: signals are blocked around the fork, so that there is no moment at which a worker has the handlers.
+    """
+
+    def freed() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
+
+    def forgotten() -> None:
+        for number in _ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        freed()
+
+    os.register_at_fork(
+        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING),
+        after_in_parent=freed,
+        after_in_child=forgotten,
+    )
 
 
 def _status(pid: int) -> list[str] | None:
