@@ -114,8 +114,8 @@ def statistics_for(dimensions: int, ct_channels: Sequence[int] = ()) -> tuple[St
         dimensions: axes of the images; pictures have no spacing.
         ct_channels: channels whose intensities nnU-Net clips to a window of the whole dataset.
     """
-    axes = (0, 1, 2) if dimensions == 3 else (1, 2)
-    spacings = [Statistic(f"spacing_{axis}", SPACINGS_MM, logarithmic=True, exact=True) for axis in axes if dimensions == 3]
+    axes, edges = ((0, 1, 2), (0, 1, 2)) if dimensions == 3 else ((1, 2), ())
+    spacings = [Statistic(f"spacing_{axis}", SPACINGS_MM, logarithmic=True, exact=True) for axis in edges]
     sizes = [Statistic(f"size_{axis}", SIZES, logarithmic=True) for axis in axes]
     windows = [
         statistic
