@@ -59,14 +59,23 @@ def handle(kind, header, arrays, settings):
         time.sleep(60)
     if mine and told.get("do") == "fork":
         end_a_forked_worker()
+    if mine and told.get("do") == "orphan":
+        worker = forked_worker()
+        (settings.folder / "orphan").write_text(str(worker.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
     reply = {"code": "ok", "site": settings.name, "kind": kind, "run": "0", "round": told.get("round")}
     return json.dumps(reply), dict(arrays)
 
 
+def forked_worker():
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    worker.start()
+    return worker
+
+
 def end_a_forked_worker():
     """As the end of a pool: one worker forked, told to end, waited for."""
-    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
-    worker.start()
+    worker = forked_worker()
     worker.terminate()
     worker.join()
     assert worker.exitcode == -signal.SIGTERM, "the worker should end by the signal alone"

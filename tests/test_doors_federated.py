@@ -312,6 +312,30 @@ def test_split_simulate_status_and_predict_as_typed(tmp_path, monkeypatch):
     assert segmentations(tmp_path / "out").keys() == segmentations(raw / "labelsTs").keys()
 
 
+@pytest.mark.slow
+def test_plans_from_the_sites_own_images_are_charged_and_gone_on_with_after_ctrl_c(tmp_path, monkeypatch):
+    for part in ("raw", "preprocessed", "results"):
+        (tmp_path / part).mkdir()
+        monkeypatch.setenv(f"nnUNet_{part}", str(tmp_path / part))
+    for number in (301, 302):
+        write_dataset(tmp_path / "raw", "lesion", 40, number, dataset_id=number, shape=(40, 56))
+    small = ("--delta", 1e-3, "--no-start", "--features", "4,8,8")
+    asked = ("--datasets", 301, 302, "--rounds", 1, *small, "--fingerprint")
+    refused = typed(tmp_path, "fed", "simulate", *asked, "--epsilon", 1, exit_code=2)
+    assert "patients or more to be heard" in refused.stderr
+    ledgers = [tmp_path / "preprocessed" / f"Dataset{number}_PhantomLesion" / LEDGER for number in (301, 302)]
+    with running(tmp_path, "fed", "simulate", *asked, "--epsilon", 20, "--folder", "run") as begun:
+        wait_until(lambda: any(file.is_file() for file in ledgers), begun)
+    done = typed(tmp_path, "fed", "simulate", "--resume", "--folder", tmp_path / "run", "--json")
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert "noised fingerprint of 2 sites" in told["inputs"]["plans"]
+    assert all(site["epsilon_spent"] == site["epsilon_dataset_total"] <= 20 for site in told["sites"])
+    for file in ledgers:  # a release that Ctrl-C lost stays charged
+        assert [line["purpose"] for line in read_lines(file)][-2:] == ["fingerprint", "training"]
+    plans = json.loads((Path(told["model_folder"]) / "plans.json").read_text())
+    assert plans["original_median_shape_after_transp"] == pytest.approx([1, 40, 56], rel=0.12)
+
+
 @contextmanager
 def running(place: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
     """A command that runs until Ctrl-C, which is what ends it."""

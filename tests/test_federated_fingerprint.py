@@ -85,7 +85,7 @@ def test_what_leaves_is_the_sum_of_the_patients_votes_with_that_noise(site):
     assert np.array_equal(free, exact)
 
 
-def test_a_release_that_was_charged_and_lost_is_not_made_again(site, monkeypatch):
+def test_a_release_that_was_charged_and_lost_is_made_again_and_both_are_paid(site, monkeypatch):
     def killed(*_):
         raise KeyboardInterrupt
 
@@ -94,8 +94,9 @@ def test_a_release_that_was_charged_and_lost_is_not_made_again(site, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             asked(site)
     assert len(site.charges()) == 1
-    assert asked(site).code == "ledger_refuses" and len(site.charges()) == 1
-    assert "start a new run" in site.log()
+    assert asked(site).code == "ok" and len(site.charges()) == 2
+    assert site.prepare().code == "ok" and site.train(terms(rounds=1), 0, first_weights(site)).reply.epsilon <= 8.0
+    assert 7.9 < total(site) <= 8.0
 
 
 def test_a_dataset_ledger_that_lost_the_charge_is_noticed(site):
@@ -147,16 +148,14 @@ def test_a_mode_without_guarantee_is_noted(site):
 def test_training_is_calibrated_for_what_the_fingerprint_cost(site):
     assert asked(site).code == "ok" and site.prepare().code == "ok", site.log()
     weights = first_weights(site)
-    wanted = terms(mode="adp-fl", rounds=2, fingerprint_share=SHARE)
-    assert site.train(terms(mode="adp-fl", rounds=2), 0, weights).code == "malformed"  # as if it had been free
-    assert site.train(terms(mode="adp-fl", rounds=2, fingerprint_share=0.2), 0, weights).code == "malformed"
-    assert len(site.charges()) == 1
-    one, two = (site.train(wanted, number, weights).reply for number in range(2))
+    one, two = (site.train(terms(mode="adp-fl", rounds=2), number, weights).reply for number in range(2))
     everything = read_ledger(site.preprocessed / "privacy_ledger.jsonl")
     assert [entry.purpose for entry in everything] == ["fingerprint"] + ["training"] * 4
     assert one.epsilon < two.epsilon == pytest.approx(epsilon_of(everything, two.delta)) and 7.9 < two.epsilon <= 8.0
     without = epsilon_of(everything[1:], two.delta)
     assert without < 7.7  # it left room for the fingerprint
+    (site.preprocessed / "federated" / "fingerprint_0a.json").unlink()
+    assert asked(site).code == "malformed" and len(site.charges()) == 5  # another would not fit beside it
 
 
 # ---- a coordinator -----------------------------------------------------------------------------------------------

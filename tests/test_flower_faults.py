@@ -142,6 +142,14 @@ def test_a_worker_that_an_app_forked_and_ends_does_not_end_the_app(federation):
     assert [sorted(done["sites"]) for done in federation.rounds()] == [["north", "south"]] * 3
 
 
+def test_a_worker_that_an_app_forked_ends_with_it_and_holds_no_lock_of_its_dataset(federation):
+    federation.start("north")
+    federation.submit({"do": "orphan", "minimum": 1})
+    orphan = federation.folder / "orphan"
+    federation.until(lambda: orphan.is_file() and orphan.read_text())
+    federation.until(lambda: not is_running(Process.of(int(orphan.read_text()))), 10)
+
+
 def test_an_app_that_is_ended_costs_its_site_that_round_alone(federation):
     federation.start("north"), federation.start("south")
     assert federation.wait(federation.submit({"do": "end", "only": "north"}, {})).exit_code == 0

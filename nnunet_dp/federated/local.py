@@ -30,12 +30,12 @@ from above for the 90th percentile. A first threshold is worth choosing well whe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
-from dp_accounting.dp_event import ComposedDpEvent
+from dp_accounting.dp_event import ComposedDpEvent, DpEvent
 from torch import Tensor, nn
 
 from nnunet_dp.accounting import PrivacyBudget, calibrate
@@ -45,7 +45,6 @@ from nnunet_dp.dpsgd import Execution, PrivacyPlan, PrivateTraining, RecordsOf, 
 from nnunet_dp.errors import Refusal
 from nnunet_dp.federated.local_no_guarantee import NoGuaranteeTraining, mean_gradient, raw_percentile
 from nnunet_dp.federated.protocol import Mode, Terms
-from nnunet_dp.fingerprint import mechanism_for
 from nnunet_dp.ledger import Ledger
 
 ADAPTATION = 0.2
@@ -123,8 +122,8 @@ def make_training(
     return PrivateTraining(*parts, ledger)
 
 
-def private_plan(terms: Terms, units: int, budget: PrivacyBudget) -> PrivacyPlan:
-    """What moves epsilon, with the least noise that keeps fingerprint and all steps of the terms within the budget.
+def private_plan(terms: Terms, units: int, budget: PrivacyBudget, paid: Sequence[DpEvent] = ()) -> PrivacyPlan:
+    """What moves epsilon, with the least noise that keeps all steps of the terms, and what was paid, within the budget.
 
     ``paper`` is calibrated as if its threshold were a fixed one, which it is not; ``fedavg`` has noise 0, with which no
     mechanism can be made.
@@ -133,6 +132,7 @@ def private_plan(terms: Terms, units: int, budget: PrivacyBudget) -> PrivacyPlan
         terms: of the run.
         units: public number of the site's patients.
         budget: the site's own target.
+        paid: what the run was charged before its training: for its fingerprint.
 
     Raises:
         BudgetRefusal: for a budget that no noise reaches.
@@ -140,10 +140,8 @@ def private_plan(terms: Terms, units: int, budget: PrivacyBudget) -> PrivacyPlan
     plan = PrivacyPlan(budget, terms.steps, terms.sampling_probability, 0.0, units, first_rule(terms))
     if terms.mode is Mode.fedavg:
         return plan
-    paid = [mechanism_for(budget, terms.fingerprint_share).event] if terms.private and terms.fingerprint_share else []
-    return replace(
-        plan, noise_multiplier=calibrate(lambda noise: ComposedDpEvent([*paid, _schedule_at(plan, noise)]), budget)
-    )
+    noise = calibrate(lambda noise: ComposedDpEvent([*paid, _schedule_at(plan, noise)]), budget)
+    return replace(plan, noise_multiplier=noise)
 
 
 def schedule_of(terms: Terms) -> Schedule:

@@ -247,7 +247,6 @@ def _terms(
             bound=bound,
             learning_rate=rate,
             momentum=momentum,
-            fingerprint_share=options.fingerprint_share or 0.0,
         )
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, part['loc']))} {part['msg']}".strip() for part in error.errors())

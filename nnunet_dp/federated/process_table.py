@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,18 +69,24 @@ def end_with_parent(parent: int) -> None:
     """
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     if prctl is not None and prctl(_PR_SET_PDEATHSIG, signal.SIGTERM) == 0 and os.getppid() != parent:
-        sys.exit(1)
+        os._exit(1)  # also from a hook of fork, where SystemExit would be ignored
 
 
 def let_forked_workers_just_end() -> None:
-    """Let workers that are forked from now on end at a signal, without this process's own handlers.
+    """Let workers that are forked from now on end with this process and at a signal, without its own handlers.
 
     Flower's handlers report the task as stopped, under its token. In a worker of a pool (nnU-Net forks one to list the
     cases) that is ended with SIGTERM they would end the task of the process that forked it, or wait forever for a lock
-    that another thread held at the fork.
+    that another thread held at the fork. And a worker that outlives its process keeps the dataset locked.
 
     Design note: signals are blocked around the fork, so that there is no moment at which a worker has the handlers.
     """
+    forking = os.getpid()
+
+    def blocked() -> None:
+        nonlocal forking
+        forking = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
 
     def freed() -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDING)
@@ -90,12 +95,9 @@ def let_forked_workers_just_end() -> None:
         for number in _ENDING:
             signal.signal(number, signal.SIG_DFL)
         freed()
+        end_with_parent(forking)
 
-    os.register_at_fork(
-        before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING),
-        after_in_parent=freed,
-        after_in_child=forgotten,
-    )
+    os.register_at_fork(before=blocked, after_in_parent=freed, after_in_child=forgotten)
 
 
 def _status(pid: int) -> list[str] | None:

@@ -91,7 +91,6 @@ class Terms(Frozen):
         learning_rate: of the first step, in units of the bound; plain SGD's own in ``fedavg``.
         momentum: of SGD; its state stays at the site between rounds.
         decay_power: of the polynomial decay over all planned steps.
-        fingerprint_share: of mu^2, that every site paid for the fingerprint before; 0 for plans that cost nothing.
     """
 
     protocol: Literal[1] = VERSION
@@ -110,7 +109,6 @@ class Terms(Frozen):
     learning_rate: float = Field(default=0.3, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     decay_power: float = Field(default=0.9, ge=0)
-    fingerprint_share: float = Field(default=0.0, ge=0, le=LARGEST_SHARE)
 
     @model_validator(mode="after")
     def _refuse_what_has_no_price(self) -> Terms:

@@ -2,8 +2,9 @@
 
     images -> nnU-Net's measurements -> votes of the patients -> charge -> noise -> kept on disk -> sent
 
-The votes are released once for a run: asked again, what lies on disk is sent, uncharged. A run's training is calibrated
-for what the fingerprint cost (``local.private_plan``), so both together keep within the run's epsilon.
+The votes are released once for a run: asked again, what lies on disk is sent, uncharged. A process that was killed
+between charge and disk has lost its release; the charge stays, and a new one is made. The run's training is calibrated
+for everything that was charged before it (``local.private_plan``), so all together keep within the run's epsilon.
 
 Formal guarantee:
     What is sent is one Gaussian release at the full batch (``fingerprint.release``), of the multiplier that the asked
@@ -22,7 +23,7 @@ import numpy as np
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerError, epsilon_of
 from nnunet_dp.errors import BudgetRefusal, Refusal
-from nnunet_dp.federated.protocol import Code, FingerprintRequest, Terms
+from nnunet_dp.federated.protocol import Code, FingerprintRequest
 from nnunet_dp.federated.raw_dataset import read_raw
 from nnunet_dp.federated.site_settings import SiteSettings
 from nnunet_dp.federated.site_store import Declined, Store, fingerprint_run
@@ -35,14 +36,7 @@ from nnunet_dp.plans import json_sha256
 from nnunet_dp.run import RunFolder
 
 VOTES = "votes"
-_AGREED = ("mode", "epsilon", "delta")
 Answer = tuple[dict[str, Any], dict[str, np.ndarray]]
-
-
-def fits_terms(asked: Mapping[str, Any], terms: Terms) -> bool:
-    """Whether a release was asked for by the same budget, share and mode as a training."""
-    told = terms.model_dump(mode="json")
-    return all(asked[key] == told[key] for key in _AGREED) and asked["share"] == terms.fingerprint_share
 
 
 def release_fingerprint(request: FingerprintRequest, settings: SiteSettings, store: Store) -> Answer:
@@ -64,6 +58,8 @@ def release_fingerprint(request: FingerprintRequest, settings: SiteSettings, sto
     budget = PrivacyBudget(epsilon=request.epsilon, delta=delta, unit=patients.unit)
     asked = request.model_dump(mode="json", exclude={"protocol", "run", "dataset_json"})
     released = store.fingerprint(request.run)
+    if released is None and store.run_record(request.run) is not None:
+        raise Declined(Code.malformed, "this run trains already: its noise was calibrated without a fingerprint")
     if released is None:
         votes = _released(request, asked, budget, patients, settings, store)
     elif released["asked"] == asked:
@@ -99,7 +95,7 @@ def _released(
 
 
 def _ledger(request: FingerprintRequest, asked: Mapping[str, Any], patients: Patients, store: Store) -> Ledger:
-    """The dataset's, opened for this release; a second charge for the same run is refused."""
+    """The dataset's, opened for this release."""
     copy, name = store.fingerprint_charges(request.run), fingerprint_run(request.run)
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -109,8 +105,6 @@ def _ledger(request: FingerprintRequest, asked: Mapping[str, Any], patients: Pat
         )
     except Refusal as refusal:
         raise LedgerError(str(refusal)) from None
-    if ledger.own_entries:
-        raise LedgerError("this run's fingerprint was charged, and what was released is lost: start a new run")
     return ledger
 
 

@@ -23,9 +23,11 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
+
+from dp_accounting.dp_event import DpEvent
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal
@@ -142,6 +144,7 @@ def private_plans(
     patients: int,
     patients_sha256: str | None,
     parameters: int,
+    paid: Sequence[DpEvent] = (),
 ) -> dict[str, Any]:
     """Admitted plans with this site's private section.
 
@@ -152,21 +155,24 @@ def private_plans(
         patients: units in the whole dataset, all of which train.
         patients_sha256: of the canonical table of units, if there is one.
         parameters: trainable ones of the planned network.
+        paid: what the run was charged for its fingerprint.
     """
     architecture = plans["configurations"][terms.configuration]["architecture"]
+    planned = configuration_plan(plans, terms, budget, patients, parameters, paid)
     section = PrivacySection(
         budget=budget,
         patients=patients,
         patients_file_sha256=patients_sha256,
         source_plans=plans["plans_name"],
         not_covered=(*NOT_COVERED, "charges_for_the_same_patient_at_other_sites"),
-        configurations={terms.configuration: configuration_plan(plans, terms, budget, patients, parameters)},
+        configurations={terms.configuration: planned},
     )
     return with_section(plans, plans["plans_name"], section, {terms.configuration: architecture})
 
 
 def configuration_plan(
-    plans: Mapping[str, Any], terms: Terms, budget: PrivacyBudget, patients: int, parameters: int
+    plans: Mapping[str, Any], terms: Terms, budget: PrivacyBudget, patients: int, parameters: int,
+    paid: Sequence[DpEvent] = (),
 ) -> ConfigurationPlan:
     """The schedule that the terms ask for, with noise calibrated to the budget (``local.private_plan``)."""
     configured = plans["configurations"][terms.configuration]
@@ -176,7 +182,7 @@ def configuration_plan(
     return ConfigurationPlan(
         steps=terms.steps,
         sampling_probability=terms.sampling_probability,
-        noise_multiplier=private_plan(terms, patients, budget).noise_multiplier or _UNUSED,
+        noise_multiplier=private_plan(terms, patients, budget, paid).noise_multiplier or _UNUSED,
         patches_per_patient=patches_per_patient(tuple(configured["patch_size"]), median),
         augmentation="none",
         average_share=0.1,

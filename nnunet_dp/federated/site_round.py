@@ -34,7 +34,6 @@ from nnunet_dp.dpsgd import PrivacyPlan
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.federated.local import LocalTraining, make_training, schedule_of
 from nnunet_dp.federated.protocol import Arrays, Code, Mode, Terms, TrainRequest
-from nnunet_dp.federated.site_fingerprint import fits_terms
 from nnunet_dp.federated.site_settings import SiteSettings
 from nnunet_dp.federated.site_store import (
     FREE_TRAINER,
@@ -126,9 +125,6 @@ class _Run:
     def _refuse_other_terms(self, record: Mapping[str, Any] | None) -> None:
         if record is not None and Terms.model_validate(record["terms"]) != self.terms:
             raise Declined(Code.malformed, "the terms of this run are not those of its first round")
-        released = self.store.fingerprint(self.terms.run)
-        if released is not None and not fits_terms(released["asked"], self.terms):
-            raise Declined(Code.malformed, "this run's fingerprint was released for another budget, share or mode")
 
     def _newest_checkpoint(self, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """This run's newest checkpoint; None for a run that is new here.
