@@ -16,7 +16,8 @@ import importlib.util
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,16 +218,27 @@ def follow(folder: Path, run_folder: Path, server: Any, say: Say) -> Path:
     from nnunet_dp.federated.flower_environment import flwr
     from nnunet_dp.federated.new_run import CONFIG
 
-    flower = open_processes(folder)
-    submitted = flower.submit(server, run_folder / CONFIG, run_folder)
-    try:
-        end = flower.wait(submitted, say)
-    except BaseException:
-        flwr(server, "stop", submitted.run_id)
-        raise
+    flower, again = open_processes(folder), f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on"
+    with told_at_ctrl_c(say, again):
+        submitted = flower.submit(server, run_folder / CONFIG, run_folder)
+        try:
+            end = flower.wait(submitted, say)
+        except BaseException:
+            flwr(server, "stop", submitted.run_id)
+            raise
     if end.exit_code:
-        raise ended_early(end, f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on")
+        raise ended_early(end, again)
     return run_folder
+
+
+@contextmanager
+def told_at_ctrl_c(say: Say, again: str) -> Iterator[None]:
+    """Say how to go on with a run that is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted; {again}")
+        raise
 
 
 def ended_early(end: Any, again: str) -> Refusal:
