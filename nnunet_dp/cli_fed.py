@@ -106,6 +106,10 @@ GoOnWithout = Annotated[bool, typer.Option("--go-on-without", help="Begin withou
 ClientLevel = Annotated[
     str | None, typer.Option(help="EPSILON,DELTA,BOUND: noise for whole sites, beside their patients' guarantee.")
 ]
+Fingerprint = Annotated[
+    bool, typer.Option("--fingerprint", help="Plans from a noised fingerprint of the sites' images, charged to them.")
+]
+FingerprintShare = Annotated[float, typer.Option(help="Of the budget (of mu^2), for --fingerprint.")]
 NoStart = Annotated[bool, typer.Option("--no-start", help="No public start: random weights.")]
 StartIterations = Annotated[int | None, typer.Option(min=1, help="Of the public start. Default: the plan's.")]
 StartImages = Annotated[int | None, typer.Option(min=1, help="Phantoms drawn for it. Default: the plan's.")]
@@ -174,6 +178,8 @@ def simulate_command(
     plans: Annotated[str | None, typer.Option("-p", "--plans", help="Of the first dataset; may be private.")] = None,
     plans_from: PlansFrom = None,
     no_patient_overlap: NoOverlap = False,
+    fingerprint: Fingerprint = False,
+    fingerprint_share: FingerprintShare = 0.1,
     phantom: Phantom = None,
     phantom_shape: PhantomShape = None,
     noise: NoiseOption = Noise.gaussian,
@@ -206,7 +212,8 @@ def simulate_command(
 ) -> None:
     """Run a whole federation on this machine: sites, coordinator and server, on loopback, stopped again at the end.
 
-    Without -p and --plans-from the plans are public: made by nnU-Net on phantoms that resemble the dataset. The model
+    Without -p and --plans-from the plans are public: made by nnU-Net on phantoms that resemble the dataset; with
+    --fingerprint they follow noised statistics of the sites' images, for a tenth of the budget. The model
     begins from a public start on phantoms, as after `nnunet-dp plan` (--no-start: random weights), and is an ordinary
     nnU-Net model. A line is said for each round; Ctrl-C stops everything, --resume --folder FOLDER goes on.
 
@@ -220,7 +227,7 @@ def simulate_command(
     if resume:
         if folder is None or datasets or more:
             raise UsageRefusal("--resume needs the run's folder and nothing else: --resume --folder FOLDER")
-        _show_summary(simulation.resume(folder.resolve(), _say), as_json)
+        _show_summary(simulation.resume(folder.resolve(), _say, _plain_progress), as_json)
         return
     asked = simulation.Simulation(
         datasets=(*(datasets or ()), *(more or ())),
@@ -351,6 +358,8 @@ def run_command(
     configuration: Configuration = None,
     plans_from: PlansFrom = None,
     no_patient_overlap: NoOverlap = False,
+    fingerprint: Fingerprint = False,
+    fingerprint_share: FingerprintShare = 0.1,
     phantom: Phantom = None,
     phantom_shape: PhantomShape = None,
     noise: NoiseOption = Noise.gaussian,
@@ -382,8 +391,8 @@ def run_command(
 ) -> None:
     """Coordinate a run over the sites that are connected to this machine's server, and follow it.
 
-    Reads no patient: plans come from phantoms (or from a public dataset), sizes from what is typed. Ctrl-C stops the
-    run; --resume RUN_FOLDER goes on with it.
+    Reads no patient: plans come from phantoms (or a public dataset, or with --fingerprint from what sites release for
+    it), sizes from what is typed. Ctrl-C stops the run; --resume RUN_FOLDER goes on with it.
 
     \b
     Example:
@@ -392,7 +401,7 @@ def run_command(
     from nnunet_dp.federated import deployment
 
     if resume is not None:
-        _show_summary(deployment.resume(folder, resume, server, _say), as_json)
+        _show_summary(deployment.resume(folder, resume, server, _say, _plain_progress), as_json)
         return
     asked = deployment.Asked(sites, patients, dataset_json, model_dataset, device.value, processes, server)
     options = _run_options(locals() | {"plans": None})
@@ -442,6 +451,7 @@ def _run_options(given: Mapping[str, Any]) -> "RunOptions":
         client_level=_client_level(given["client_level"]),
         output=given["output"],
         seed=given["seed"],
+        fingerprint_share=given["fingerprint_share"] if given["fingerprint"] else None,
     )
 
 

@@ -105,7 +105,7 @@ def plans_from_phantoms(
             f"no phantoms resemble a dataset of {facts.dimensions} axes, {facts.channels} channels and "
             f"{facts.classes} classes: name plans of a public dataset with --plans-from DATASET, or -p NAME"
         )
-    with tempfile.TemporaryDirectory(prefix="nnunet_dp_plans_") as folder, _folders_in(Path(folder)):
+    with tempfile.TemporaryDirectory(prefix="nnunet_dp_plans_") as folder, nnunet_folders_in(Path(folder)):
         _write_raw(Path(folder), chosen, dataset_json, patients, shape)
         with contextlib.redirect_stdout(io.StringIO()):
             extractor = DatasetFingerprintExtractor(_DATASET, 1)
@@ -135,7 +135,7 @@ def _write_raw(
 
 
 @contextlib.contextmanager
-def _folders_in(base: Path) -> Iterator[None]:
+def nnunet_folders_in(base: Path) -> Iterator[None]:
     """nnU-Net's three folders inside the block."""
     names = {f"nnUNet_{part}": base / part for part in ("raw", "preprocessed", "results")}
     before = {name: os.environ.get(name) for name in names}

@@ -178,7 +178,7 @@ def test_ctrl_c_stops_a_run_at_its_server_and_says_how_to_go_on(tmp_path, monkey
     monkeypatch.setattr(flower_processes.FlowerProcesses, "submit", lambda *_: SimpleNamespace(run_id="17"))
     monkeypatch.setattr(flower_processes.FlowerProcesses, "wait", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        deployment.follow(tmp_path, tmp_path / "runs" / "a", None, said.append)
+        deployment.follow(tmp_path, tmp_path / "runs" / "a", None, said.append, tmp_path / "config.json", tmp_path)
     assert asked == [("stop", "17")]
     assert said == [f"interrupted; `nnunet-dp fed run {tmp_path} ... --resume {tmp_path}/runs/a` goes on"]
 

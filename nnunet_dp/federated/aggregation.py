@@ -32,7 +32,7 @@ class Rejection(str, enum.Enum):
     site = "another site's name"
     names = "other parameters"
     shape = "wrong shape"
-    dtype = "not float32"
+    dtype = "wrong dtype"
     not_finite = "not finite"
 
 

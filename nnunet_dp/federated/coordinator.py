@@ -45,7 +45,7 @@ from nnunet_dp.federated.aggregation import (
     weighted_mean,
 )
 from nnunet_dp.federated.client_level import ClientLevelMean
-from nnunet_dp.federated.enrolment import Enrolment, Message, Transport
+from nnunet_dp.federated.enrolment import Message, Preparation, Transport
 from nnunet_dp.federated.progress import Result, result_of, round_line, round_row
 from nnunet_dp.federated.protocol import Arrays, Code, Reply, TrainRequest, arrays_sha256
 from nnunet_dp.federated.run_config import RunConfig
@@ -100,7 +100,7 @@ class Coordinator:
     ) -> None:  # fmt: skip
         self.config, self.terms, self.folder = config, config.terms, Path(folder)
         self._say, self._write_model = say, write_model
-        self._enrolment = Enrolment(config, transport, say)
+        self._enrolment = Preparation(config, transport, say)
         self._client_level: ClientLevelMean | None = None
 
     def run(self) -> Result:

@@ -19,6 +19,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,13 +165,21 @@ def run(folder: Path, asked: Asked, options: Any, say: Say, progress: Progress |
         UsageRefusal: for options without sense, and where no server runs.
         Refusal: when the run ended otherwise than by finishing.
     """
-    from nnunet_dp.federated.new_run import Sites, find_plans, make_run
+    made = (folder / RUNS / f"run_{secrets.token_hex(4)}").resolve()
+    options.refuse_senseless(asked.sites)
+    server = read_server(folder, asked.address)
+    return _decide_and_follow(folder, made, asked, options, server, say, progress)
+
+
+def _decide_and_follow(
+    folder: Path, run_folder: Path, asked: Asked, options: Any, server: Any, say: Say, progress: Progress | None
+) -> Path:
+    from nnunet_dp.federated.new_run import CONFIG, Sites, find_plans, make_run
+    from nnunet_dp.federated.new_survey import plans_by_survey
     from nnunet_dp.federated.simulate import device_of
     from nnunet_dp.federated.site import public_part
     from nnunet_dp.nnunet_federated import default_configuration
 
-    options.refuse_senseless(asked.sites)
-    server = read_server(folder, asked.address)
     try:
         described = public_part(json.loads(asked.dataset_json.read_text()))
         configuration = options.configuration or default_configuration(described)
@@ -178,13 +187,21 @@ def run(folder: Path, asked: Asked, options: Any, say: Say, progress: Progress |
         raise UsageRefusal(
             f"{asked.dataset_json.name} should be nnU-Net's dataset.json with channel_names, labels and file_ending"
         ) from None
-    made = make_run(
-        folder=(folder / RUNS / f"run_{secrets.token_hex(4)}").resolve(),
+    facts = Sites(asked.sites, asked.patients, "patient", options.delta)
+    if options.fingerprint_share is None:
+        found, run = find_plans(options, described), None
+    else:
+        found, run = plans_by_survey(
+            run_folder, asked, options, described, facts, tuple(options.weights),
+            partial(follow, folder, run_folder, server, say),
+        )  # fmt: skip
+    make_run(
+        folder=run_folder,
         options=options,
         dataset_json=described,
         configuration=configuration,
-        sites=Sites(asked.sites, asked.patients, "patient", options.delta),
-        found=find_plans(options, described),
+        sites=facts,
+        found=found,
         model_dataset=asked.model_dataset,
         starts=folder.resolve(),
         device=device_of(asked.device),
@@ -192,35 +209,52 @@ def run(folder: Path, asked: Asked, options: Any, say: Say, progress: Progress |
         names=tuple(options.weights),
         say=say,
         progress=progress,
+        run=run,
     )
-    return follow(folder, made.folder, server, say)
+    follow(folder, run_folder, server, say, run_folder / CONFIG, run_folder)
+    return run_folder
 
 
-def resume(folder: Path, run_folder: Path, address: str | None, say: Say) -> Path:
-    """Go on with a run after its last round.
+def resume(
+    folder: Path, run_folder: Path, address: str | None, say: Say, progress: Progress | None = None
+) -> Path:
+    """Go on with a run, from its survey or after its last round.
 
     Raises:
         UsageRefusal: for a folder without a run, and where no server runs.
     """
     from nnunet_dp.federated.new_run import CONFIG
+    from nnunet_dp.federated.new_survey import BEGUN, read_begun
 
+    run_folder, server = run_folder.resolve(), read_server(folder, address)
+    if (run_folder / BEGUN).is_file() and not (run_folder / CONFIG).is_file():
+        asked, options = read_begun(run_folder, Asked)
+        return _decide_and_follow(folder, run_folder, asked, options, server, say, progress)
     if not (run_folder / CONFIG).is_file():
         raise UsageRefusal(f"{run_folder.name} should be the folder of a run, found no {CONFIG}: see FOLDER/{RUNS}")
-    return follow(folder, run_folder.resolve(), read_server(folder, address), say)
+    follow(folder, run_folder, server, say, run_folder / CONFIG, run_folder)
+    return run_folder
 
 
-def follow(folder: Path, run_folder: Path, server: Any, say: Say) -> Path:
-    """Submit a run and follow it; Ctrl-C stops it at the server, too.
+def follow(folder: Path, run_folder: Path, server: Any, say: Say, config: Path, place: Path) -> None:
+    """Submit a run, or its survey, and follow it; Ctrl-C stops it at the server, too.
+
+    Args:
+        folder: of the server.
+        run_folder: of the run.
+        server: that runs.
+        say: told what it says.
+        config: what is submitted.
+        place: where its coordinator works.
 
     Raises:
         Refusal: when it ended otherwise than by finishing.
     """
     from nnunet_dp.federated.flower_environment import flwr
-    from nnunet_dp.federated.new_run import CONFIG
 
     flower, again = open_processes(folder), f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on"
     with told_at_ctrl_c(say, again):
-        submitted = flower.submit(server, run_folder / CONFIG, run_folder)
+        submitted = flower.submit(server, config, place)
         try:
             end = flower.wait(submitted, say)
         except BaseException:
@@ -228,7 +262,6 @@ def follow(folder: Path, run_folder: Path, server: Any, say: Say) -> Path:
             raise
     if end.exit_code:
         raise ended_early(end, again)
-    return run_folder
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 from nnunet_dp.errors import Refusal
 from nnunet_dp.federated.aggregation import Rejection, fault_of_header, parse
 from nnunet_dp.federated.protocol import Arrays, Code, Kind, PrepareRequest, QueryRequest, Reply
-from nnunet_dp.federated.run_config import RunConfig
+from nnunet_dp.federated.run_config import Agreement, RunConfig
 
 Message = tuple[str, Arrays]
 QUERY_TIMEOUT_S = 600.0
@@ -48,10 +48,11 @@ class Transport(Protocol):
 
 
 class Enrolment:
-    """The nodes of one run.
+    """The nodes of one run; what they prepare is told by a subclass.
 
     Args:
-        config: of the run.
+        config: what sites are welcomed by.
+        run: identifier.
         transport: to the sites.
         say: told who declined.
 
@@ -62,12 +63,14 @@ class Enrolment:
     """
 
     busy_pause_s = 5.0
+    doing = "preparing: {names} (the first time, sites preprocess their images)"
+    done = "prepared: {names}"
 
-    def __init__(self, config: RunConfig, transport: Transport, say: Callable[[str], None]) -> None:
+    def __init__(self, config: Agreement, run: str, transport: Transport, say: Callable[[str], None]) -> None:
         self.names: dict[str, str] = {}
         self.silent: set[str] = set()
         self.declined: dict[str, str] = {}
-        self._config, self._terms, self._transport, self._say = config, config.terms, transport, say
+        self._config, self._run, self._transport, self._say = config, run, transport, say
         self._final: set[str] = set()  # nodes that are not asked again
         self._tries: Counter[str] = Counter()
 
@@ -94,13 +97,7 @@ class Enrolment:
             raise Refusal(f"{why}: mend that and go on with --resume, or let the run begin without (--go-on-without)")
         if len(self.names) < needed:
             raise Refusal(f"{needed} sites at least should have prepared, found {len(self.names)}")
-        self._say(f"prepared: {', '.join(sorted(self.names.values()))}")
-
-    def look_around(self, minimum: int) -> None:
-        """Welcome nodes that came, or came back; nobody waits longer for them than for a round."""
-        limit = self._config.round_timeout_s
-        nodes = self._transport.sites(minimum, min(60.0, limit))
-        self.welcome(nodes, min(60.0, limit), min(limit, self._config.prepare_timeout_s))
+        self._say(self.done.format(names=", ".join(sorted(self.names.values()))))
 
     def welcome(self, nodes: Sequence[str], query_s: float, prepare_s: float, beginning: bool = False) -> None:
         """Query and prepare nodes that are new; a known name moves to a new node only when its old one is gone.
@@ -121,7 +118,7 @@ class Enrolment:
         found = self._query(fresh, query_s, beginning)
         names = {node: name for node, name in found.items() if name not in held}
         if names and not self.names:
-            self._say(f"preparing: {', '.join(sorted(names.values()))} (the first time, sites preprocess their images)")
+            self._say(self.doing.format(names=", ".join(sorted(names.values()))))
         self._prepare(names, prepare_s)
 
     def _may_be_asked(self, node: str) -> bool:
@@ -138,7 +135,7 @@ class Enrolment:
 
     def _query(self, nodes: Sequence[str], timeout_s: float, beginning: bool) -> dict[str, str]:
         """Names of the nodes whose datasets and versions fit."""
-        request = QueryRequest(run=self._terms.run).model_dump_json()
+        request = QueryRequest(run=self._run).model_dump_json()
         replies = self.exchange("query", {node: (request, {}) for node in nodes}, timeout_s)
         introduced = {node: self._introduced(node, replies.get(node)) for node in nodes}
         found = {node: reply for node, reply in introduced.items() if reply is not None}
@@ -153,7 +150,7 @@ class Enrolment:
     def _introduced(self, node: str, message: Message | None) -> Reply | None:
         """A reply that gives an admitted name."""
         reply = parse(message[0]) if message is not None else None
-        if not isinstance(reply, Reply) or fault_of_header(reply, self._terms.run, None, None):
+        if not isinstance(reply, Reply) or fault_of_header(reply, self._run, None, None):
             why = "no reply" if reply is None else "another run" if isinstance(reply, Reply) else reply.value
             self._decline(node, f"node {node} did not say who it is ({why})", final=False)
         elif reply.code is not Code.ok:
@@ -179,42 +176,13 @@ class Enrolment:
     # ---- prepare ---------------------------------------------------------------------------------------------------
 
     def _prepare(self, names: Mapping[str, str], timeout_s: float) -> None:
-        if not names:
-            return
-        request = PrepareRequest(
-            run=self._terms.run,
-            plans=self._config.plans,
-            dataset_json=self._config.dataset_json,
-            configuration=self._terms.configuration,
-            plans_sha256=self._terms.plans_sha256,
-        ).model_dump_json()
-        replies = self.exchange("prepare", {node: (request, {}) for node in names}, timeout_s)
-        for node, name in names.items():
-            fault, final = self._fault_of_preparation(replies.get(node), name, timeout_s)
-            if fault is None:
-                self._enter(node, name)
-            else:
-                self._decline(node, f"{name} did not prepare: {fault}", final)
+        """Ask these nodes to get ready; enter or decline each."""
+        raise NotImplementedError
 
     def _enter(self, node: str, name: str) -> None:
         self.names = {other: known for other, known in self.names.items() if known != name} | {node: name}
         self.declined.pop(node, None)
         del self._tries[node]
-
-    def _fault_of_preparation(self, message: Message | None, name: str, timeout_s: float) -> tuple[str | None, bool]:
-        """What is wrong, if anything, and whether that is final."""
-        if message is None:
-            return f"no reply within {timeout_s:.0f} s", False
-        reply = parse(message[0])
-        if isinstance(reply, Rejection):
-            return reply.value, False
-        fault = fault_of_header(reply, self._terms.run, None, name)
-        if fault is not None:
-            return fault.value, False
-        if reply.code is not Code.ok:
-            return explained(reply.code), reply.code in FINAL
-        same = reply.plans_sha256 == self._terms.plans_sha256
-        return (None, False) if same else (explained(Code.plans_mismatch), True)
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
@@ -231,6 +199,53 @@ class Enrolment:
             again = {node: messages[node] for node in busy}
             replies |= self._transport.exchange(kind, again, max(0.0, end - time.monotonic()))
         return replies
+
+
+class Preparation(Enrolment):
+    """Enrolment for a run whose plans are known: sites preprocess."""
+
+    def __init__(self, config: RunConfig, transport: Transport, say: Callable[[str], None]) -> None:
+        super().__init__(config, config.terms.run, transport, say)
+        self._plans, self._terms, self._round_timeout_s = config.plans, config.terms, config.round_timeout_s
+
+    def look_around(self, minimum: int) -> None:
+        """Welcome nodes that came, or came back; nobody waits longer for them than for a round."""
+        limit = self._round_timeout_s
+        nodes = self._transport.sites(minimum, min(60.0, limit))
+        self.welcome(nodes, min(60.0, limit), min(limit, self._config.prepare_timeout_s))
+
+    def _prepare(self, names: Mapping[str, str], timeout_s: float) -> None:
+        if not names:
+            return
+        request = PrepareRequest(
+            run=self._run,
+            plans=self._plans,
+            dataset_json=self._config.dataset_json,
+            configuration=self._terms.configuration,
+            plans_sha256=self._terms.plans_sha256,
+        ).model_dump_json()
+        replies = self.exchange("prepare", {node: (request, {}) for node in names}, timeout_s)
+        for node, name in names.items():
+            fault, final = self._fault_of_preparation(replies.get(node), name, timeout_s)
+            if fault is None:
+                self._enter(node, name)
+            else:
+                self._decline(node, f"{name} did not prepare: {fault}", final)
+
+    def _fault_of_preparation(self, message: Message | None, name: str, timeout_s: float) -> tuple[str | None, bool]:
+        """What is wrong, if anything, and whether that is final."""
+        if message is None:
+            return f"no reply within {timeout_s:.0f} s", False
+        reply = parse(message[0])
+        if isinstance(reply, Rejection):
+            return reply.value, False
+        fault = fault_of_header(reply, self._run, None, name)
+        if fault is not None:
+            return fault.value, False
+        if reply.code is not Code.ok:
+            return explained(reply.code), reply.code in FINAL
+        same = reply.plans_sha256 == self._terms.plans_sha256
+        return (None, False) if same else (explained(Code.plans_mismatch), True)
 
 
 def _is_busy(message: Message) -> bool:

@@ -41,6 +41,12 @@ def query(message: Message, context: Context) -> Message:
     return answer("query", message, context)
 
 
+@app.query("fingerprint")
+def fingerprint(message: Message, context: Context) -> Message:
+    """Release votes on spacing, size and intensities."""
+    return answer("fingerprint", message, context)
+
+
 @app.query("prepare")
 def prepare(message: Message, context: Context) -> Message:
     """Preprocess."""

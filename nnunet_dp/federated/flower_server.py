@@ -8,7 +8,8 @@
     folder/server_result.json  the coordinator's result
     folder/server_error.txt    why it ended otherwise
 
-The model and the state to resume from are the coordinator's own files.
+The model and the state to resume from are the coordinator's own files. A configuration named ``survey.json`` is a
+``survey.Survey``'s instead.
 """
 
 from __future__ import annotations
@@ -61,15 +62,20 @@ def end_is_written(folder: Path, work: Callable[[], Any]) -> None:
 
 
 def _coordinate(grid: Grid, config_file: Path, folder: Path) -> Any:
-    from nnunet_dp.federated.coordinator import Coordinator
-    from nnunet_dp.federated.run_config import read_config
-
     def say(line: str) -> None:
         print(line, flush=True)
         with (folder / LINES).open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
-    return Coordinator(read_config(config_file), GridTransport(grid, say), folder, say).run()
+    transport = GridTransport(grid, say)
+    if config_file.stem == "survey":
+        from nnunet_dp.federated.survey import Survey, read_survey
+
+        return Survey(read_survey(config_file), transport, folder, say).run()
+    from nnunet_dp.federated.coordinator import Coordinator
+    from nnunet_dp.federated.run_config import read_config
+
+    return Coordinator(read_config(config_file), transport, folder, say).run()
 
 
 def _write(file: Path, content: Any) -> None:

@@ -27,7 +27,9 @@ from flwr.serverapp import Grid
 
 from nnunet_dp.federated.protocol import Arrays, Kind
 
-MESSAGE_TYPES: dict[Kind, str] = {"query": "query", "prepare": "query.prepare", "train": "train"}
+MESSAGE_TYPES: dict[Kind, str] = {
+    "query": "query", "fingerprint": "query.fingerprint", "prepare": "query.prepare", "train": "train",
+}  # fmt: skip
 """Flower's names of our kinds: a category, and an action where the kind is not a category itself."""
 _HEADER, _ARRAYS = "header", "arrays"
 _LARGEST_BYTES = 1 << 30

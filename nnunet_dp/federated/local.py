@@ -35,6 +35,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
+from dp_accounting.dp_event import ComposedDpEvent
 from torch import Tensor, nn
 
 from nnunet_dp.accounting import PrivacyBudget, calibrate
@@ -44,6 +45,7 @@ from nnunet_dp.dpsgd import Execution, PrivacyPlan, PrivateTraining, RecordsOf, 
 from nnunet_dp.errors import Refusal
 from nnunet_dp.federated.local_no_guarantee import NoGuaranteeTraining, mean_gradient, raw_percentile
 from nnunet_dp.federated.protocol import Mode, Terms
+from nnunet_dp.fingerprint import mechanism_for
 from nnunet_dp.ledger import Ledger
 
 ADAPTATION = 0.2
@@ -122,7 +124,7 @@ def make_training(
 
 
 def private_plan(terms: Terms, units: int, budget: PrivacyBudget) -> PrivacyPlan:
-    """What moves epsilon, with the least noise that keeps all steps of the terms within the budget.
+    """What moves epsilon, with the least noise that keeps fingerprint and all steps of the terms within the budget.
 
     ``paper`` is calibrated as if its threshold were a fixed one, which it is not; ``fedavg`` has noise 0, with which no
     mechanism can be made.
@@ -138,7 +140,10 @@ def private_plan(terms: Terms, units: int, budget: PrivacyBudget) -> PrivacyPlan
     plan = PrivacyPlan(budget, terms.steps, terms.sampling_probability, 0.0, units, first_rule(terms))
     if terms.mode is Mode.fedavg:
         return plan
-    return replace(plan, noise_multiplier=calibrate(lambda noise: _schedule_at(plan, noise), budget))
+    paid = [mechanism_for(budget, terms.fingerprint_share).event] if terms.private and terms.fingerprint_share else []
+    return replace(
+        plan, noise_multiplier=calibrate(lambda noise: ComposedDpEvent([*paid, _schedule_at(plan, noise)]), budget)
+    )
 
 
 def schedule_of(terms: Terms) -> Schedule:

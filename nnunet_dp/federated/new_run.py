@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from safetensors.numpy import save_file
 
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.federated.protocol import Mode, Terms
+from nnunet_dp.federated.protocol import LARGEST_SHARE, Mode, Terms
 from nnunet_dp.nnunet_federated import (
     RAW_FINGERPRINT,
     PublicPlans,
@@ -67,6 +67,7 @@ class RunOptions:
         wait_for_sites_s: seconds, for the sites to come.
         go_on_without: whether the run may begin without a site that declined to prepare.
         client_level: epsilon, delta and bound of a second guarantee, for whole sites.
+        fingerprint_share: of mu^2, for a fingerprint of the sites' own images; None takes plans that cost nothing.
         output: name of the model's plans; None follows mode, budget and run.
         seed: of random weights.
     """
@@ -91,6 +92,7 @@ class RunOptions:
     client_level: tuple[float, float, float] | None = None
     output: str | None = None
     seed: int = 0
+    fingerprint_share: float | None = None
 
     def refuse_senseless(self, sites: int) -> None:
         """Refuse options that mean nothing or contradict each other.
@@ -109,6 +111,11 @@ class RunOptions:
             raise UsageRefusal(f"--minimum-replies should lie in 1..{sites}, found {self.minimum_replies}")
         if self.plans is not None and self.plans_from is not None:
             raise UsageRefusal("-p and --plans-from exclude each other: give one of them")
+        if self.fingerprint_share is not None and (self.plans or self.plans_from or self.phantom):
+            raise UsageRefusal("--fingerprint makes plans from the sites' images: leave -p, --plans-from, --phantom")
+        share = self.fingerprint_share
+        if share is not None and not 0 < share <= LARGEST_SHARE:
+            raise UsageRefusal(f"--fingerprint-share should lie in (0, {LARGEST_SHARE}], found {share:g}: 0.1 is usual")
         if self.no_patient_overlap and self.plans_from is None:
             raise UsageRefusal("--no-patient-overlap is about the dataset of --plans-from: give that, too, or neither")
         if any(not 0 < weight < float("inf") for weight in self.weights.values()):
@@ -179,6 +186,7 @@ def make_run(
     names: Sequence[str] = (),
     say: Say = lambda text: None,
     progress: Progress | None = None,
+    run: str | None = None,
 ) -> NewRun:
     """Decide a run and write its folder.
 
@@ -196,12 +204,13 @@ def make_run(
         names: of the sites, where only they may take part.
         say: told what is going on.
         progress: told about the public start.
+        run: identifier that a fingerprint was charged to; None for a new one.
 
     Raises:
         UsageRefusal: for options without sense, and a model that exists.
     """
     options.refuse_senseless(sites.number)
-    run = secrets.token_hex(8)
+    run = run or secrets.token_hex(8)
     schedule = options.schedule
     plan = plan_run(found.plans, configuration, dataset_json, sites, options.epsilon, schedule)
     name = options.output or model_plans_name(schedule.mode, options.epsilon, run)
@@ -238,6 +247,7 @@ def _terms(
             bound=bound,
             learning_rate=rate,
             momentum=momentum,
+            fingerprint_share=options.fingerprint_share or 0.0,
         )
     except ValidationError as error:
         wrong = "; ".join(f"{'.'.join(map(str, part['loc']))} {part['msg']}".strip() for part in error.errors())

@@ -1,13 +1,15 @@
 """What coordinator and sites say to each other: one JSON header and named arrays each way, all of it closed.
 
-A message is ``(kind, header, arrays)``; kind is ``query``, ``prepare`` or ``train``; the header is the JSON of one of
+A message is ``(kind, header, arrays)``; kind is ``query``, ``fingerprint``,
+``prepare`` or ``train``; the header is the JSON of one of
 the requests below. A reply is ``(header, arrays)`` with the JSON of a ``Reply``. A site never says anything else: no
 counts, no losses, no texts, no Dice, no names of cases. What went wrong is one word of ``Code``; the reason is in the
 site's own log.
 
-    query     -> the site's declared name, its dataset.json's public part, versions
-    prepare   plans and dataset description -> preprocessed, and the plans' hash
-    train     terms, round and global weights -> the site's weights after its local steps
+    query         -> the site's declared name, its dataset.json's public part, versions
+    fingerprint   budget and share -> the site's noised votes on spacing, size and intensities (optional)
+    prepare       plans and dataset description -> preprocessed, and the plans' hash
+    train         terms, round and global weights -> the site's weights after its local steps
 
 >>> terms = Terms(run="0a", mode="adp-fl", epsilon=8.0, rounds=20, plans_sha256="0" * 64, configuration="2d")
 >>> terms.steps, terms.private, terms.rule
@@ -25,9 +27,10 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 VERSION = 1
+LARGEST_SHARE = 0.5
 Arrays = Mapping[str, np.ndarray]
-Kind = Literal["query", "prepare", "train"]
-KINDS: tuple[Kind, ...] = ("query", "prepare", "train")
+Kind = Literal["query", "fingerprint", "prepare", "train"]
+KINDS: tuple[Kind, ...] = ("query", "fingerprint", "prepare", "train")
 
 Hex = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]+$", max_length=64)]
 SiteName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,39}$")]
@@ -41,6 +44,11 @@ class Mode(str, enum.Enum):
     dp_fedavg = "dp-fedavg"  # a fixed clipping bound
     adp_fl = "adp-fl"  # a bound that follows a privately counted percentile, noise scaled to it
     paper = "paper"  # the published way: a raw percentile of private norms; no guarantee
+
+    @property
+    def private(self) -> bool:
+        """Whether it has a guarantee."""
+        return self in (Mode.dp_fedavg, Mode.adp_fl)
 
 
 class Code(str, enum.Enum):
@@ -83,6 +91,7 @@ class Terms(Frozen):
         learning_rate: of the first step, in units of the bound; plain SGD's own in ``fedavg``.
         momentum: of SGD; its state stays at the site between rounds.
         decay_power: of the polynomial decay over all planned steps.
+        fingerprint_share: of mu^2, that every site paid for the fingerprint before; 0 for plans that cost nothing.
     """
 
     protocol: Literal[1] = VERSION
@@ -101,6 +110,7 @@ class Terms(Frozen):
     learning_rate: float = Field(default=0.3, gt=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)
     decay_power: float = Field(default=0.9, ge=0)
+    fingerprint_share: float = Field(default=0.0, ge=0, le=LARGEST_SHARE)
 
     @model_validator(mode="after")
     def _refuse_what_has_no_price(self) -> Terms:
@@ -116,7 +126,7 @@ class Terms(Frozen):
     @property
     def private(self) -> bool:
         """Whether the mode has a guarantee."""
-        return self.mode in (Mode.dp_fedavg, Mode.adp_fl)
+        return self.mode.private
 
     @property
     def rule(self) -> str:
@@ -130,6 +140,27 @@ class QueryRequest(Frozen):
 
     protocol: Literal[1] = VERSION
     run: Hex
+
+
+class FingerprintRequest(Frozen):
+    """Release your votes on the fingerprint (``nnunet_dp.fingerprint``).
+
+    Attributes:
+        run: that the plans are for; asked again, the same release is sent.
+        mode: of the run; without a guarantee the votes are exact.
+        epsilon: of the whole run.
+        delta: at most this; None leaves it to the site's settings.
+        share: of mu^2, for this release.
+        dataset_json: the public part, as the coordinator understands it; compared with the site's own.
+    """
+
+    protocol: Literal[1] = VERSION
+    run: Hex
+    mode: Mode
+    epsilon: float = Field(gt=0)
+    delta: float | None = Field(default=None, gt=0, lt=1)
+    share: float = Field(gt=0, le=LARGEST_SHARE)
+    dataset_json: dict[str, Any]
 
 
 class PrepareRequest(Frozen):

@@ -34,23 +34,44 @@ class ClientLevel(Frozen):
     bound: float = Field(gt=0)
 
 
-class RunConfig(Frozen):
+class Agreement(Frozen):
+    """By what sites are welcomed; public, the same for all.
+
+    Attributes:
+        dataset_json: public description of everybody's dataset.
+        sites: expected; public, fixed.
+        allowed_sites: names that may take part; empty for any.
+        minimum_replies: with which a round counts; None is a majority. Sites whose budget is spent are not waited for.
+        go_on_without: whether it may begin without a site that declined.
+        wait_for_sites_s: for the sites to come, at the beginning.
+        prepare_timeout_s: for work on all images.
+        retries: where too few replied.
+    """
+
+    dataset_json: dict[str, Any]
+    sites: int = Field(gt=0)
+    allowed_sites: tuple[SiteName, ...] = ()
+    minimum_replies: int | None = Field(default=None, gt=0)
+    go_on_without: bool = False
+    wait_for_sites_s: float = Field(default=600.0, ge=0)
+    prepare_timeout_s: float = Field(default=21_600.0, gt=0)
+    retries: int = Field(default=2, ge=0)
+
+    @property
+    def needed(self) -> int:
+        """Replies with which a round counts, as long as all sites take part."""
+        return self.minimum_replies or self.sites // 2 + 1
+
+
+class RunConfig(Agreement):
     """A run.
 
     Attributes:
         terms: for every site.
-        plans: as sent.
-        dataset_json: public description that the plans are for.
+        plans: as sent, for datasets described by ``dataset_json``.
         initial_weights: safetensors file of the global weights of round 0.
-        sites: expected; public, fixed.
         weights: of each site in the mean, by name: public numbers, fixed before the first round; equal without.
-        allowed_sites: names that may take part; empty for any.
-        minimum_replies: with which a round counts; None is a majority. Sites whose budget is spent are not waited for.
-        go_on_without: whether the run may begin without a site that declined to prepare.
-        wait_for_sites_s: for the sites to come, at the beginning.
         round_timeout_s: for the replies of one round.
-        prepare_timeout_s: for preprocessing.
-        retries: of a round with too few replies.
         average_share: window of the average of the weights, as a share of the rounds.
         client_level: a second guarantee, for whole sites.
         model_folder: TRAINER__PLANS__CONFIGURATION, to be written in the end.
@@ -60,17 +81,9 @@ class RunConfig(Frozen):
 
     terms: Terms
     plans: dict[str, Any]
-    dataset_json: dict[str, Any]
     initial_weights: str
-    sites: int = Field(gt=0)
     weights: dict[SiteName, float] = Field(default_factory=dict)
-    allowed_sites: tuple[SiteName, ...] = ()
-    minimum_replies: int | None = Field(default=None, gt=0)
-    go_on_without: bool = False
-    wait_for_sites_s: float = Field(default=600.0, ge=0)
     round_timeout_s: float = Field(default=3600.0, gt=0)
-    prepare_timeout_s: float = Field(default=21_600.0, gt=0)
-    retries: int = Field(default=2, ge=0)
     average_share: float = Field(default=0.1, gt=0, le=1)
     client_level: ClientLevel | None = None
     model_folder: str
@@ -86,11 +99,6 @@ class RunConfig(Frozen):
         if self.client_level and self.weights:
             raise ValueError("client_level divides by the number of sites: leave weights out")
         return self
-
-    @property
-    def needed(self) -> int:
-        """Replies with which a round counts, as long as all sites take part."""
-        return self.minimum_replies or self.sites // 2 + 1
 
     @property
     def agreed(self) -> str:

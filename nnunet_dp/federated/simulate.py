@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,10 +136,15 @@ def simulate(asked: Simulation, options: Any, say: Say, progress: Progress | Non
         UsageRefusal: before anything starts.
         Refusal: when the run ended otherwise than by finishing.
     """
+    refuse_without_flower()
+    return _decide_and_run(_new_folder(asked.folder), asked, options, say, progress)
+
+
+def _decide_and_run(folder: Path, asked: Simulation, options: Any, say: Say, progress: Progress | None) -> Path:
     from nnunet_dp.federated.new_run import Sites, find_plans, make_run
+    from nnunet_dp.federated.new_survey import plans_by_survey
     from nnunet_dp.nnunet_federated import default_configuration
 
-    refuse_without_flower()
     sites = read_sites(asked.datasets)
     options.refuse_senseless(len(sites))
     _refuse_weights(options.weights, sites)
@@ -147,13 +153,22 @@ def simulate(asked: Simulation, options: Any, say: Say, progress: Progress | Non
     names = [site.dataset.folder.name for site in sites]
     say(f"{len(sites)} sites: {', '.join(site.name for site in sites)}; mode {options.schedule.mode.value}")
     facts = Sites(len(sites), sum(site.units for site in sites), sites[0].dataset.patients.unit, options.delta)
-    run = make_run(
-        folder=_new_folder(asked.folder),
+    for site in sites:
+        write_settings(folder, site, asked, options.schedule.mode, options.delta)
+    if options.fingerprint_share is None:
+        found, run = find_plans(options, described, names), None
+    else:
+        ask = partial(_submitted, folder, say)
+        found, run = plans_by_survey(
+            folder, asked, options, described, facts, [site.name for site in sites], ask
+        )
+    made = make_run(
+        folder=folder,
         options=options,
         dataset_json=described,
         configuration=configuration,
         sites=facts,
-        found=find_plans(options, described, names),
+        found=found,
         model_dataset=asked.model_dataset or names[0],
         starts=nnunet_folder("preprocessed") / names[0],
         device=device_of(asked.device),
@@ -161,21 +176,23 @@ def simulate(asked: Simulation, options: Any, say: Say, progress: Progress | Non
         names=[site.name for site in sites],
         say=say,
         progress=progress,
+        run=run,
     )
-    for site in sites:
-        write_settings(run.folder, site, asked, options.schedule.mode, options.delta)
-    return run_to_the_end(run.folder, say)
+    return run_to_the_end(made.folder, say)
 
 
-def resume(folder: Path, say: Say) -> Path:
-    """Go on with a simulation whose folder is given.
+def resume(folder: Path, say: Say, progress: Progress | None = None) -> Path:
+    """Go on with a simulation whose folder is given, from its survey or after its last round.
 
     Raises:
         UsageRefusal: when the folder holds none.
         Refusal: as ``simulate``.
     """
     from nnunet_dp.federated.new_run import CONFIG
+    from nnunet_dp.federated.new_survey import BEGUN, read_begun
 
+    if (folder / BEGUN).is_file() and not (folder / CONFIG).is_file():
+        return _decide_and_run(folder, *read_begun(folder, Simulation), say, progress)
     if not (folder / CONFIG).is_file() or not any((folder / SETTINGS).glob("*.toml")):
         raise UsageRefusal(f"{folder.name} should be the folder of a simulation, found no {CONFIG}: leave --resume out")
     return run_to_the_end(folder, say)
@@ -187,18 +204,24 @@ def run_to_the_end(folder: Path, say: Say) -> Path:
     Raises:
         Refusal: when the run ended otherwise than by finishing.
     """
-    from nnunet_dp.federated.flower_processes import FlowerProcesses
     from nnunet_dp.federated.new_run import CONFIG
+
+    _submitted(folder, say, folder / CONFIG, folder)
+    return folder
+
+
+def _submitted(folder: Path, say: Say, config: Path, place: Path) -> None:
+    """One coordinator, run to its end in ``place`` among all sites of the simulation."""
+    from nnunet_dp.federated.flower_processes import FlowerProcesses
 
     again = f"`nnunet-dp fed simulate --resume --folder {folder}` goes on"
     with FlowerProcesses(folder / "flower") as flower, told_at_ctrl_c(say, again):
         server = flower.start_superlink()
         for settings in sorted((folder / SETTINGS).glob("*.toml")):
             flower.start_supernode(settings.stem, settings, server)
-        end = flower.wait(flower.submit(server, folder / CONFIG, folder), say)
+        end = flower.wait(flower.submit(server, config, place), say)
     if end.exit_code:
         raise ended_early(end, again)
-    return folder
 
 
 def _refuse_weights(weights: Any, sites: Sequence[LocalSite]) -> None:

@@ -1,17 +1,18 @@
 """A site: one message in, one reply out, under the site's own settings and its own ledger.
 
-    query     declared name, public part of dataset.json, versions; imports neither torch nor nnU-Net
-    prepare   plans are admitted (a closed list), the site's cases preprocessed with them
-    train     the site's own private plan, its ledger, its local steps (``site_round``)
+    query         declared name, public part of dataset.json, versions; imports neither torch nor nnU-Net
+    fingerprint   noised votes on spacing, size and intensities, charged first (``site_fingerprint``)
+    prepare       plans are admitted (a closed list), the site's cases preprocessed with them
+    train         the site's own private plan, its ledger, its local steps (``site_round``)
 
 ``handle`` never raises. What went wrong is one word of ``Code``; the reason goes to ``federated_log.txt`` in the
 dataset's results folder, which never leaves the site.
 
 Formal guarantee:
     A reply is a function of the request, of the site's settings, of public facts about its dataset (its description,
-    the unit's name, the size of delta), of whether its images could be preprocessed with each of at most ``max_plans``
-    plans, and of releases that its ledger was charged for first; in the modes without a guarantee, which the site's
-    settings must allow, of its data. How long a reply takes is not part of it.
+    the unit's name, the size of delta), of whether its images could be measured, and preprocessed with each of at most
+    ``max_plans`` plans, and of releases that its ledger was charged for first; in the modes without a guarantee, which
+    the site's settings must allow, of its data. How long a reply takes is not part of it.
 
 Design note: Flower starts a process per message and may send one twice. Nothing lives in memory; whoever comes while
 another message is worked on is told ``busy``.
@@ -34,7 +35,9 @@ from nnunet_dp.federated.protocol import (
     VERSION,
     Arrays,
     Code,
+    FingerprintRequest,
     Frozen,
+    Mode,
     PrepareRequest,
     QueryRequest,
     Reply,
@@ -56,7 +59,7 @@ def handle(kind: str, header: str, arrays: Arrays, settings: SiteSettings) -> tu
     """Answer one message.
 
     Args:
-        kind: ``query``, ``prepare`` or ``train``.
+        kind: one of ``protocol.KINDS``.
         header: JSON of the kind's request.
         arrays: global weights of ``train``; empty otherwise.
         settings: the site's own.
@@ -78,6 +81,8 @@ def handle(kind: str, header: str, arrays: Arrays, settings: SiteSettings) -> tu
 def _answer(kind: str, header: str, arrays: Arrays, settings: SiteSettings) -> Answer:
     if kind == "query":
         return _query(_read(QueryRequest, header), settings)
+    if kind == "fingerprint":
+        return _fingerprint(_read(FingerprintRequest, header), settings)
     if kind == "prepare":
         return _prepare(_read(PrepareRequest, header), settings)
     if kind == "train":
@@ -108,6 +113,16 @@ def _query(request: QueryRequest, settings: SiteSettings) -> Answer:
     return {"run": request.run, "dataset_json": description, "versions": versions}, {}
 
 
+def _fingerprint(request: FingerprintRequest, settings: SiteSettings) -> Answer:
+    store = Store.of(settings)
+    _refuse_settings(request.mode, request.epsilon, settings)
+    refuse_other_description(store.dataset_json(), request.dataset_json)
+    with store.held(), settings.as_environment():
+        from nnunet_dp.federated.site_fingerprint import release_fingerprint
+
+        return release_fingerprint(request, settings, store)
+
+
 def _prepare(request: PrepareRequest, settings: SiteSettings) -> Answer:
     from nnunet_dp.federated.site_plans import admit
     from nnunet_dp.plans import json_sha256
@@ -136,7 +151,7 @@ def _train(request: TrainRequest, arrays: Arrays, settings: SiteSettings) -> Ans
     terms, store = request.terms, Store.of(settings)
     if request.round >= terms.rounds:
         raise Declined(Code.malformed, f"round {request.round} of a run of {terms.rounds}")
-    _refuse_settings(request, settings)
+    _refuse_settings(terms.mode, terms.epsilon, settings)
     if arrays_sha256(arrays) != request.weights_sha256:
         raise Declined(Code.malformed, "the global weights do not have the hash that the message gives")
     store.prepared(terms.plans_sha256, terms.configuration)  # declined before anything slow is imported
@@ -146,14 +161,13 @@ def _train(request: TrainRequest, arrays: Arrays, settings: SiteSettings) -> Ans
         return take_round(request, arrays, settings, store)
 
 
-def _refuse_settings(request: TrainRequest, settings: SiteSettings) -> None:
-    """What the terms ask beyond the site's own settings; nothing was looked at or charged yet."""
-    terms = request.terms
-    if not terms.private and not settings.allow_no_guarantee:
-        raise Declined(Code.settings_refuse, f"{terms.mode.value} has no guarantee: allow_no_guarantee is false")
-    if terms.private and terms.epsilon > settings.max_epsilon:
+def _refuse_settings(mode: Mode, epsilon: float, settings: SiteSettings) -> None:
+    """What a run asks beyond the site's own settings; nothing was looked at or charged yet."""
+    if not mode.private and not settings.allow_no_guarantee:
+        raise Declined(Code.settings_refuse, f"{mode.value} has no guarantee: allow_no_guarantee is false")
+    if mode.private and epsilon > settings.max_epsilon:
         raise Declined(
-            Code.settings_refuse, f"the run asks for epsilon {terms.epsilon:g}, max_epsilon is {settings.max_epsilon:g}"
+            Code.settings_refuse, f"the run asks for epsilon {epsilon:g}, max_epsilon is {settings.max_epsilon:g}"
         )
 
 

@@ -34,8 +34,16 @@ from nnunet_dp.dpsgd import PrivacyPlan
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.federated.local import LocalTraining, make_training, schedule_of
 from nnunet_dp.federated.protocol import Arrays, Code, Mode, Terms, TrainRequest
+from nnunet_dp.federated.site_fingerprint import fits_terms
 from nnunet_dp.federated.site_settings import SiteSettings
-from nnunet_dp.federated.site_store import FREE_TRAINER, NO_GUARANTEE, SITE_TRAINER, Declined, Store
+from nnunet_dp.federated.site_store import (
+    FREE_TRAINER,
+    NO_GUARANTEE,
+    SITE_TRAINER,
+    Declined,
+    Store,
+    fingerprint_run,
+)
 from nnunet_dp.gradients import trainable
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.nnunet_site import SiteModel
@@ -118,6 +126,9 @@ class _Run:
     def _refuse_other_terms(self, record: Mapping[str, Any] | None) -> None:
         if record is not None and Terms.model_validate(record["terms"]) != self.terms:
             raise Declined(Code.malformed, "the terms of this run are not those of its first round")
+        released = self.store.fingerprint(self.terms.run)
+        if released is not None and not fits_terms(released["asked"], self.terms):
+            raise Declined(Code.malformed, "this run's fingerprint was released for another budget, share or mode")
 
     def _newest_checkpoint(self, record: Mapping[str, Any] | None) -> dict[str, Any] | None:
         """This run's newest checkpoint; None for a run that is new here.
@@ -230,7 +241,8 @@ class _Run:
         if self.ledger is None:
             return {}
         budget = self.training.plan.budget
-        spent = epsilon_of(self.ledger.own_entries, budget.delta)
+        mine = {self.ledger.run, fingerprint_run(self.terms.run)}
+        spent = epsilon_of([entry for entry in self.ledger.entries if entry.run in mine], budget.delta)
         return {"epsilon": spent, "delta": budget.delta, "unit": budget.unit[:40]}
 
     def _save(self, asked: Mapping[str, Any]) -> None:

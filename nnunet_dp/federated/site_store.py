@@ -1,6 +1,7 @@
 """Where a site keeps what it must remember: every message is a new process, so all state lies on the site's disk.
 
     preprocessed/DATASET/federated/prepared_SHA256_CONFIGURATION.json   plans that were admitted and preprocessed
+    preprocessed/DATASET/federated/fingerprint_RUN.json                 what was released for a run's fingerprint
     preprocessed/DATASET/federated/run_RUN.json                         terms of a run and this site's private plans
     preprocessed/DATASET/federated/site.lock                            held by whoever works on a message
     results/DATASET/TRAINER__PLANS__CONFIGURATION/fold_all              an ordinary run folder
@@ -24,7 +25,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -149,6 +150,19 @@ class Store:
         """Note that a run has begun; written once its first checkpoint is on disk."""
         self._write(self._run_file(terms.run), {"terms": terms.model_dump(mode="json"), "plans": dict(plans)})
 
+    def fingerprint(self, run: str) -> dict[str, Any] | None:
+        """``asked`` and the released ``votes`` of a run's fingerprint, or None."""
+        file = self._fingerprint_file(run)
+        return json.loads(file.read_text()) if file.is_file() else None
+
+    def write_fingerprint(self, run: str, asked: Mapping[str, Any], votes: Sequence[float]) -> None:
+        """Keep what was released, to send it again for nothing."""
+        self._write(self._fingerprint_file(run), {"asked": dict(asked), "votes": list(votes)})
+
+    def fingerprint_charges(self, run: str) -> Path:
+        """Copy of what a run's fingerprint was charged; beside the models, so that a lost ledger is noticed."""
+        return self.results / _FOLDER / f"fingerprint_{run}" / "privacy_ledger.jsonl"
+
     def note_no_guarantee(self) -> None:
         """Note, before it begins, that a mode without guarantee is run on this dataset; the note stays."""
         file = _no_guarantee_file(self.preprocessed)
@@ -158,6 +172,9 @@ class Store:
 
     def _prepared_file(self, plans_sha256: str, configuration: str) -> Path:
         return self.preprocessed / _FOLDER / f"prepared_{plans_sha256}_{configuration}.json"
+
+    def _fingerprint_file(self, run: str) -> Path:
+        return self.preprocessed / _FOLDER / f"fingerprint_{run}.json"
 
     def _run_file(self, run: str) -> Path:
         return self.preprocessed / _FOLDER / f"run_{run}.json"
@@ -193,6 +210,11 @@ class Store:
         now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
         with (self.results / "federated_log.txt").open("a") as stream:
             stream.write(f"{now} {text}\n")
+
+
+def fingerprint_run(run: str) -> str:
+    """Name under which the dataset's ledger holds a run's fingerprint."""
+    return f"fingerprint/{run}"
 
 
 def released_without_guarantee(preprocessed: Path) -> bool:

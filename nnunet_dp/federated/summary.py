@@ -18,7 +18,7 @@ from typing import Any
 
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Mode
-from nnunet_dp.federated.site_store import released_without_guarantee
+from nnunet_dp.federated.site_store import fingerprint_run, released_without_guarantee
 
 FEDERATED, CONFIG, SETTINGS, RESULT = "federated.json", "config.json", "settings", "federated_result.json"
 NO_GUARANTEE = "no guarantee"
@@ -189,7 +189,7 @@ def _recount(site: SiteSummary, summary: Summary, results: Path, preprocessed: P
         return site
     whole, own = preprocessed / LEDGER, read_copy(fold / LEDGER)
     everything = read_ledger(whole) if whole.is_file() else ()
-    runs = {entry.run for entry in own}  # the copy is written last and may lack the newest line
+    runs = {fingerprint_run(summary.run), *(entry.run for entry in own)}  # the copy may lack the newest line
     spent = epsilon_of([entry for entry in everything if entry.run in runs] or own, site.delta)
     if site.epsilon is not None and site.epsilon > spent + _TOLERANCE:
         raise Refusal(
