@@ -1,7 +1,11 @@
 """A site and a coordinator that do what a test says, in place of the real ones, inside Flower's processes.
 
 ``put_in_place`` makes every Python that is started from now on begin with ``install``: the production code has no hook
-for it. The coordinator's configuration is a list of steps; the site echoes what it gets, unless told otherwise.
+for it. One side may be the real one:
+
+    real=None           the coordinator's configuration is a list of steps; the site echoes, unless told otherwise
+    real="site"         the same coordinator; the site's upload may be lost
+    real="coordinator"  the site answers as the protocol says (``federation.Site``), but for what ``NAME.json`` names
 """
 
 import json
@@ -12,28 +16,34 @@ import sys
 import time
 import types
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 
-def put_in_place(monkeypatch: pytest.MonkeyPatch, folder: Path, real_site: bool = False) -> None:
+def put_in_place(monkeypatch: pytest.MonkeyPatch, folder: Path, real: Literal["site", "coordinator"] | None = None):
     """Let the processes that are started from now on use the stand-ins."""
     folder.mkdir(parents=True)
-    (folder / "sitecustomize.py").write_text(f"import flower_stand_ins\nflower_stand_ins.install({real_site})\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), str(Path(__file__).parent)]))
+    (folder / "sitecustomize.py").write_text(f"import flower_stand_ins\nflower_stand_ins.install({real!r})\n")
+    paths = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
 
 
-def install(real_site: bool = False) -> None:
-    """Stand in for the modules before anybody imports them; a real site's upload may be lost."""
-    given = {
-        **({} if real_site else {"site_settings": {"read_settings": read_settings}}),
-        "site": {"handle": losing_handle if real_site else handle},
+def install(real: Literal["site", "coordinator"] | None = None) -> None:
+    """Stand in for the modules before anybody imports them."""
+    of_a_site = {"site_settings": {"read_settings": read_settings}, "site": {"handle": handle}}
+    of_a_coordinator = {
         "coordinator": {"Coordinator": Coordinator},
         "run_config": {"read_config": lambda file: json.loads(Path(file).read_text())},
     }
-    for name, content in given.items():
+    given = {
+        None: of_a_site | of_a_coordinator,
+        "site": {"site": {"handle": losing_handle}} | of_a_coordinator,
+        "coordinator": of_a_site | {"site": {"handle": faulty_handle}},
+    }
+    for name, content in given[real].items():
         module = types.ModuleType(f"nnunet_dp.federated.{name}")
         module.__dict__.update(content)
         sys.modules[module.__name__] = module
@@ -46,8 +56,7 @@ def read_settings(file: Path) -> types.SimpleNamespace:
 def handle(kind, header, arrays, settings):
     told = json.loads(header)
     mine = told.get("only") in (None, settings.name)
-    with (settings.folder / f"{settings.name}.calls").open("a") as stream:
-        stream.write(json.dumps({"kind": kind, "pid": os.getpid(), "round": told.get("round")}) + "\n")
+    note_call(settings, kind, told.get("round"))
     if mine and told.get("do") == "raise":
         raise RuntimeError("patient 17 has a tumour")
     if mine and told.get("do") == "sleep":
@@ -73,6 +82,11 @@ def forked_worker():
     return worker
 
 
+def note_call(settings, kind, number):
+    with (settings.folder / f"{settings.name}.calls").open("a") as stream:
+        stream.write(json.dumps({"kind": kind, "pid": os.getpid(), "round": number}) + "\n")
+
+
 def end_a_forked_worker():
     """As the end of a pool: one worker forked, told to end, waited for."""
     worker = forked_worker()
@@ -91,6 +105,44 @@ def losing_handle(kind, header, arrays, settings):
         (settings.folder("results").parent / "lose").unlink()
         os.kill(os.getpid(), 9)
     return answer
+
+
+def faulty_handle(kind, header, arrays, settings):
+    """A site by the protocol, but for what ``NAME.json`` says is wrong with it and with its next ``train`` replies."""
+    from federation import Site
+
+    note_call(settings, kind, json.loads(header).get("round"))
+    file = settings.folder / f"{settings.name}.json"
+    told = json.loads(file.read_text())
+    reply, weights = Site(settings.name, **told["site"]).answer(kind, header, arrays)
+    if kind == "train" and told["faults"]:
+        fault, *rest = told["faults"]
+        file.write_text(json.dumps(told | {"faults": rest}))
+        return FAULTS[fault](reply, weights)
+    return reply, weights
+
+
+def late(reply, weights):
+    time.sleep(12)
+    return reply, weights
+
+
+def coded(code):
+    """A reply that says it in one word, without weights."""
+    return lambda reply, weights: (json.dumps(json.loads(reply) | {"code": code}), {})
+
+
+FAULTS = {
+    "none": lambda reply, weights: (reply, weights),
+    "not finite": lambda reply, weights: (reply, {name: np.full_like(w, np.nan) for name, w in weights.items()}),
+    "wrong shape": lambda reply, weights: (reply, {name: w[..., None] for name, w in weights.items()}),
+    "no JSON": lambda reply, weights: (reply[:-1], weights),
+    "no text": lambda reply, weights: (3, weights),
+    "late": late,
+    "failed": coded("failed"),
+    "budget spent": coded("budget_spent"),
+}
+"""What a site may do wrong, as a function of the good reply."""
 
 
 class Coordinator:

@@ -166,10 +166,15 @@ def terms(**changes: Any) -> Terms:
 
 
 def first_weights(site: Site) -> dict[str, np.ndarray]:
-    """Global weights of round 0: the planned network's, freshly initialised."""
+    """Global weights of round 0."""
+    return planned_weights(site.query().reply.dataset_json or {})
+
+
+def planned_weights(dataset_json: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Weights of the planned network, freshly initialised."""
     from nnunet_dp.nnunet_start import planned_network
 
-    network = planned_network(coordinator_plans(), "2d", site.query().reply.dataset_json or {})
+    network = planned_network(coordinator_plans(), "2d", dataset_json)
     return {name: parameter.detach().numpy().copy() for name, parameter in network.named_parameters()}
 
 

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -163,6 +164,23 @@ def test_without_a_server_no_run_begins(tmp_path, capsys):
 def test_a_server_that_ended_does_not_count_as_running(tmp_path):
     (tmp_path / deployment.SERVER).write_text(json.dumps({"process": {"pid": 2**22 - 1, "started": 1}}))
     assert not deployment.is_running(tmp_path)
+
+
+def test_ctrl_c_stops_a_run_at_its_server_and_says_how_to_go_on(tmp_path, monkeypatch):
+    pytest.importorskip("flwr")
+    from nnunet_dp.federated import flower_environment, flower_processes
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    asked, said = [], []
+    monkeypatch.setattr(flower_environment, "flwr", lambda server, *words: asked.append(words))
+    monkeypatch.setattr(flower_processes.FlowerProcesses, "submit", lambda *_: SimpleNamespace(run_id="17"))
+    monkeypatch.setattr(flower_processes.FlowerProcesses, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        deployment.follow(tmp_path, tmp_path / "runs" / "a", None, said.append, tmp_path / "config.json", tmp_path)
+    assert asked == [("stop", "17")]
+    assert said == [f"interrupted; `nnunet-dp fed run {tmp_path} ... --resume {tmp_path}/runs/a` goes on"]
 
 
 def test_without_the_extra_the_refusal_says_what_to_install(raw, monkeypatch, capsys):

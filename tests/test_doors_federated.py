@@ -1,30 +1,25 @@
 """A federation from the split to the prediction, as its users meet it.
 
-Most tests look at one run whose messages are handed over in this process; the slow ones start Flower's own processes by
-the commands of docs/federated.md.
+The tests look at one run whose messages are handed over in this process; ``test_doors_federated_slow.py`` types the
+commands, which start Flower's own processes.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from doors import _command, read_lines, recounted_epsilon, segmentations, wait_until
+from doors import read_lines, recounted_epsilon, segmentations
 from one_site import coordinator_plans
 
 from nnunet_dp.cli import main
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.federated import deployment
 from nnunet_dp.federated import simulate as simulation
 from nnunet_dp.federated.coordinator import Coordinator
 from nnunet_dp.federated.new_run import RunOptions, Schedule, Sites, find_plans, make_run, not_covered
@@ -271,115 +266,3 @@ def test_a_mode_without_a_guarantee_says_so_everywhere_and_charges_nothing(finis
     summary = read_summary(run.model_folder)
     assert summary.epsilon is None and summary.guarantee.startswith("no guarantee")
     assert next(line for line in said if line.startswith("round 1")).count("NO GUARANTEE") == 1
-
-
-# ---- the commands, with Flower's own processes -------------------------------------------------------------------
-
-
-def typed(place: Path, *arguments: object, exit_code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        _command("nnunet-dp", arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=place, text=True,
-        stdin=subprocess.DEVNULL, capture_output=True, timeout=1800,
-    )  # fmt: skip
-    assert done.returncode == exit_code, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
-@pytest.mark.slow
-def test_split_simulate_status_and_predict_as_typed(tmp_path, monkeypatch):
-    for part in ("raw", "preprocessed", "results"):
-        (tmp_path / part).mkdir()
-        monkeypatch.setenv(f"nnUNet_{part}", str(tmp_path / part))
-    monkeypatch.setenv("nnUNet_extTrainer", str(Path(__file__).parent.parent / "trainers"))
-    raw = write_dataset(tmp_path / "raw", "lesion", 8, 3, dataset_id=4, shape=(32, 32), test_patients=2)
-    typed(tmp_path, "fed", "split", "-d", 4, "--sites", 2, "--first-id", 301)
-    small = ("--phantom-shape", "32,32", "--features", "4,8,8", "--start-iterations", 2, "--start-images", 3)
-    asked = ("--datasets", 301, 302, "--mode", "adp-fl", "--rounds", 2, "--epsilon", 8, *small)
-    done = typed(tmp_path, "fed", "simulate", *asked, "--folder", tmp_path / "run", "--json")
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert [(site["rounds"], site["recounted"]) for site in told["sites"]] == [(2, True), (2, True)]
-    assert max(site["epsilon_spent"] for site in told["sites"]) <= 8.0
-    assert len([line for line in done.stderr.splitlines() if line.startswith("round ")]) == 2
-    assert "phantom" in told["inputs"]["plans"] and "plans_from_raw_fingerprint" not in told["not_covered"]
-    status = json.loads(typed(tmp_path, "fed", "status", tmp_path / "run", "--json").stdout)
-    assert status == told
-    model = Path(told["model_folder"])
-    trainer, plans, configuration = model.name.split("__")
-    chosen = ("-d", 301, "-c", configuration, "-f", "all", "-tr", trainer, "-p", plans)
-    where = ("-i", raw / "imagesTs", "-o", tmp_path / "out", "-device", "cpu", "-npp", 1, "-nps", 1)
-    predicted = subprocess.run(_command("nnUNetv2_predict", (*chosen, *where)), capture_output=True, text=True)
-    assert predicted.returncode == 0, predicted.stderr[-3000:]
-    assert segmentations(tmp_path / "out").keys() == segmentations(raw / "labelsTs").keys()
-
-
-@pytest.mark.slow
-def test_plans_from_the_sites_own_images_are_charged_and_gone_on_with_after_ctrl_c(tmp_path, monkeypatch):
-    for part in ("raw", "preprocessed", "results"):
-        (tmp_path / part).mkdir()
-        monkeypatch.setenv(f"nnUNet_{part}", str(tmp_path / part))
-    for number in (301, 302):
-        write_dataset(tmp_path / "raw", "lesion", 40, number, dataset_id=number, shape=(40, 56))
-    small = ("--delta", 1e-3, "--no-start", "--features", "4,8,8")
-    asked = ("--datasets", 301, 302, "--rounds", 1, *small, "--fingerprint")
-    refused = typed(tmp_path, "fed", "simulate", *asked, "--epsilon", 1, exit_code=2)
-    assert "patients or more to be heard" in refused.stderr
-    ledgers = [tmp_path / "preprocessed" / f"Dataset{number}_PhantomLesion" / LEDGER for number in (301, 302)]
-    with running(tmp_path, "fed", "simulate", *asked, "--epsilon", 20, "--folder", "run") as begun:
-        wait_until(lambda: any(file.is_file() for file in ledgers), begun)
-    done = typed(tmp_path, "fed", "simulate", "--resume", "--folder", tmp_path / "run", "--json")
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert "noised fingerprint of 2 sites" in told["inputs"]["plans"]
-    assert all(site["epsilon_spent"] == site["epsilon_dataset_total"] <= 20 for site in told["sites"])
-    for file in ledgers:  # a release that Ctrl-C lost stays charged
-        assert [line["purpose"] for line in read_lines(file)][-2:] == ["fingerprint", "training"]
-    plans = json.loads((Path(told["model_folder"]) / "plans.json").read_text())
-    assert plans["original_median_shape_after_transp"] == pytest.approx([1, 40, 56], rel=0.12)
-
-
-@contextmanager
-def running(place: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs until Ctrl-C, which is what ends it."""
-    with (place / "console.txt").open("a") as console:
-        process = subprocess.Popen(
-            _command("nnunet-dp", arguments), env={**os.environ, "OMP_NUM_THREADS": "1"}, cwd=place, text=True,
-            stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.send_signal(signal.SIGINT)
-        try:
-            assert process.wait(120) == 130, (place / "console.txt").read_text()[-3000:]
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
-@pytest.mark.slow
-def test_two_hospitals_and_a_coordinator_with_tls_and_keys_as_typed(tmp_path, monkeypatch):
-    from nnunet_dp.federated.flower_environment import free_port
-
-    for part in ("raw", "preprocessed", "results"):
-        (tmp_path / part).mkdir()
-        monkeypatch.setenv(f"nnUNet_{part}", str(tmp_path / part))
-    raw = write_dataset(tmp_path / "raw", "lesion", 8, 3, dataset_id=4, shape=(32, 32))
-    split_dataset("4", Dealing("random", 2), 301)
-    address, keys = f"127.0.0.1:{free_port()}", []
-    for name, number in (("north", 301), ("south", 302)):
-        typed(tmp_path, "fed", "init-site", name, "--name", name, "-d", number, "--max-epsilon", 8)
-        keys += ["--register", f"{name}/site_key.pub"]
-    with ExitStack() as stack:
-        server = stack.enter_context(running(tmp_path, "fed", "server", "run", "--port", address.split(":")[1], *keys))
-        console = tmp_path / "console.txt"
-        wait_until(lambda: console.read_text().count("Registered") == 2, server)
-        for name in ("north", "south"):
-            shutil.copy(tmp_path / "run" / "certificates" / "ca.pem", tmp_path / name)
-            stack.enter_context(running(tmp_path, "fed", "site", name, "--server", address))
-        asked = ("--sites", 2, "--patients", 8, "--dataset-json", raw / "dataset.json", "--rounds", 1, "--epsilon", 8)
-        small = ("--phantom-shape", "32,32", "--features", "4,8,8", "--no-start")
-        done = typed(tmp_path, "fed", "run", "run", *asked, *small, "--json")
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert [site["name"] for site in told["sites"]] == ["north", "south"] and told["complete"]
-    assert max(site["epsilon_spent"] for site in told["sites"]) <= 8.0
-    assert Path(told["model_folder"]).parent.name == "Dataset900_Federated"
-    assert not (tmp_path / "run" / deployment.SERVER).exists()

@@ -1,7 +1,7 @@
 """What a federated run survives, with real processes on loopback, TLS and registered keys.
 
-Site and coordinator are stand-ins that do what a step says (``flower_stand_ins``); what a lost upload costs, and what
-the coordinator says about it all, stands in the tests of those.
+Site and coordinator are stand-ins that do what a step says (``flower_stand_ins``), unless a test names the real one;
+what the real coordinator makes of bad sites stands in ``test_flower_coordinator.py``.
 """
 
 import json
@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("flwr")
 
 import flower_stand_ins
+from flower_federation import Federation
 from one_site import DATASET, coordinator_plans, first_weights, make_site, terms, train_header
 from safetensors.numpy import load_file, save_file
 
@@ -23,50 +24,6 @@ from nnunet_dp.federated.flower_processes import FlowerProcesses
 from nnunet_dp.federated.process_table import Process, is_running
 from nnunet_dp.federated.protocol import arrays_sha256
 from nnunet_dp.federated.run_config import RunConfig
-
-
-class Federation:
-    """A server and sites, all with keys, below one folder."""
-
-    def __init__(self, folder, flower):
-        self.folder, self.flower = folder, flower
-        self.certificates = make_certificates(folder / "tls")
-        self.server = flower.start_superlink(certificates=self.certificates, authenticate=True)
-
-    @property
-    def port(self):
-        return int(self.server.address.rpartition(":")[2])
-
-    def start(self, name, registered=True):
-        key = self.folder / f"{name}.key"
-        if not key.exists():
-            public = make_key_pair(key)
-            (self.folder / f"{name}.toml").touch()
-            if registered:
-                self.flower.register(self.server, public)
-        return self.flower.start_supernode(name, self.folder / f"{name}.toml", self.server, key)
-
-    def submit(self, *steps):
-        (self.folder / "config.json").write_text(json.dumps({"steps": [{"kind": "train", **step} for step in steps]}))
-        return self.flower.submit(self.server, self.folder / "config.json", self.folder / "run")
-
-    def wait(self, run, timeout_s=250):
-        return self.flower.wait(run, timeout_s=timeout_s)
-
-    def rounds(self):
-        file = self.folder / "run" / "rounds.json"
-        return json.loads(file.read_text()) if file.is_file() else []
-
-    def calls(self, name):
-        file = self.folder / f"{name}.calls"
-        return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-
-    def until(self, condition, seconds=100):
-        end = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < end, "waited in vain"
-            self.flower.poll()
-            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -198,9 +155,7 @@ def test_a_late_reply_is_not_mixed_into_the_next_round(federation):
 
 def test_flower_itself_is_told_what_ended_badly(federation):
     federation.start("north")
-    (federation.folder / "config.json").write_text("no json")
-    run = federation.flower.submit(federation.server, federation.folder / "config.json", federation.folder / "run")
-    end = federation.wait(run)
+    end = federation.wait(federation.submit_config("no json", "run"))
     assert end.exit_code == 1 and "see server_error.txt" in end.message
     federation.until(lambda: "failed" in str(flwr(federation.server, "list", "coordinator")), 30)
 
@@ -214,7 +169,7 @@ def test_an_upload_that_is_lost_stays_charged_and_is_sent_again_for_nothing(tmp_
     (tmp_path / "north.toml").write_text(settings_text(site))
     (site.root / "lose").touch()
     message = {"header": train_header(terms(), 0, weights), "arrays": str(tmp_path / "weights.safetensors")}
-    flower_stand_ins.put_in_place(monkeypatch, tmp_path / "first", real_site=True)
+    flower_stand_ins.put_in_place(monkeypatch, tmp_path / "first", real="site")
     with FlowerProcesses(tmp_path / "flower") as flower:
         federation = Federation(tmp_path, flower)
         federation.start("north")

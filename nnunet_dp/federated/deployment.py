@@ -16,7 +16,8 @@ import importlib.util
 import json
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -251,15 +252,26 @@ def follow(folder: Path, run_folder: Path, server: Any, say: Say, config: Path, 
     """
     from nnunet_dp.federated.flower_environment import flwr
 
-    flower = open_processes(folder)
-    submitted = flower.submit(server, config, place)
-    try:
-        end = flower.wait(submitted, say)
-    except BaseException:
-        flwr(server, "stop", submitted.run_id)
-        raise
+    flower, again = open_processes(folder), f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on"
+    with told_at_ctrl_c(say, again):
+        submitted = flower.submit(server, config, place)
+        try:
+            end = flower.wait(submitted, say)
+        except BaseException:
+            flwr(server, "stop", submitted.run_id)
+            raise
     if end.exit_code:
-        raise ended_early(end, f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on")
+        raise ended_early(end, again)
+
+
+@contextmanager
+def told_at_ctrl_c(say: Say, again: str) -> Iterator[None]:
+    """Say how to go on with a run that is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        say(f"interrupted; {again}")
+        raise
 
 
 def ended_early(end: Any, again: str) -> Refusal:

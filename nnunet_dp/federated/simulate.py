@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.federated.deployment import ended_early, refuse_without_flower
+from nnunet_dp.federated.deployment import ended_early, refuse_without_flower, told_at_ctrl_c
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.federated.raw_dataset import RawDataset, nnunet_folder, raw_folder, read_raw
 from nnunet_dp.federated.site import public_part
@@ -214,13 +214,14 @@ def _submitted(folder: Path, say: Say, config: Path, place: Path) -> None:
     """One coordinator, run to its end in ``place`` among all sites of the simulation."""
     from nnunet_dp.federated.flower_processes import FlowerProcesses
 
-    with FlowerProcesses(folder / "flower") as flower:
+    again = f"`nnunet-dp fed simulate --resume --folder {folder}` goes on"
+    with FlowerProcesses(folder / "flower") as flower, told_at_ctrl_c(say, again):
         server = flower.start_superlink()
         for settings in sorted((folder / SETTINGS).glob("*.toml")):
             flower.start_supernode(settings.stem, settings, server)
         end = flower.wait(flower.submit(server, config, place), say)
     if end.exit_code:
-        raise ended_early(end, f"`nnunet-dp fed simulate --resume --folder {folder}` goes on")
+        raise ended_early(end, again)
 
 
 def _refuse_weights(weights: Any, sites: Sequence[LocalSite]) -> None:
