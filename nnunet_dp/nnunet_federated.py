@@ -50,7 +50,6 @@ TRAINER = "nnUNetTrainerDP_Federated"
 STOCK_TRAINER = "nnUNetTrainer"
 FEDERATED = "federated.json"
 SITE_PLANS = "nnUNetPlansFed"
-RAW_FINGERPRINT = "plans_from_raw_fingerprint"
 _BOUND = 0.1  # of a patient's gradient, as ``planning.clip_rules`` has it
 _FEDAVG = {"learning_rate": 0.01, "momentum": 0.99}  # nnU-Net's own SGD
 

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from nnunet_dp import nnunet
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.admission import refuse_coupling
-from nnunet_dp.charges import LedgerEntry
 from nnunet_dp.dpsgd import Execution, RecordsOf
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Terms
@@ -42,7 +41,7 @@ from nnunet_dp.nnunet_planning import build_network
 from nnunet_dp.patients import Patients, digest
 from nnunet_dp.plans import read_section, without_patients_digest, write_json
 from nnunet_dp.run import LEDGER
-from nnunet_dp.sections import ConfigurationPlan
+from nnunet_dp.sections import ConfigurationPlan, FingerprintPlan
 from nnunet_dp.splits import fold_slots
 from nnunet_dp.workers import in_order
 
@@ -123,14 +122,9 @@ def site_plans(
     with torch.device("meta"):
         network = build_network(plans, terms.configuration, dataset_json, architecture, initialised=False)
     parameters = sum(parameter.numel() for parameter in trainable(network)[1])
-    paid = [entry.event for entry in charged_for_fingerprint(folder / LEDGER, terms.run)]
-    return private_plans(plans, terms, budget, patients.number, sha256, parameters, paid)
-
-
-def charged_for_fingerprint(ledger: Path, run: str) -> list[LedgerEntry]:
-    """What a run was charged before its training, by the dataset's ledger."""
-    entries = read_ledger(ledger) if ledger.is_file() else ()
-    return [entry for entry in entries if entry.run == fingerprint_run(run)]
+    charged = read_ledger(folder / LEDGER) if (folder / LEDGER).is_file() else ()
+    fingerprint = FingerprintPlan.of(fingerprint_run(terms.run), charged)
+    return private_plans(plans, terms, budget, patients.number, sha256, parameters, fingerprint)
 
 
 def find_units(settings: SiteSettings, folder: Path) -> Patients:

@@ -29,7 +29,7 @@ from nnunet_dp.ledger import read_copy, read_ledger
 from nnunet_dp.morphology import FILE, read_morphology
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint
-from nnunet_dp.sections import NOT_COVERED, PrivacySection, covered
+from nnunet_dp.sections import PrivacySection, covered, not_covered
 
 
 @dataclass(frozen=True)
@@ -171,9 +171,11 @@ def _status(
 ) -> Status:
     """Steps taken come from the finished checkpoint, before that from the ledger: a lost step may never be repeated."""
     plan, budget = configuration_plan(section, configuration), section.budget
+    if plan.fingerprint and dataset is not None:
+        plan.fingerprint.refuse_unpaid(dataset)
     return Status(
         run=mine[-1].run if mine else "no charge yet",
-        epsilon_spent=epsilon_of(mine, budget.delta),
+        epsilon_spent=epsilon_of([*plan.paid, *mine], budget.delta) if mine else 0.0,
         epsilon_target=budget.epsilon,
         epsilon_dataset_total=None if dataset is None else epsilon_of(dataset, budget.delta),
         delta=budget.delta,
@@ -181,7 +183,7 @@ def _status(
         relation=budget.relation,
         accountant=which_accountant(events_of(mine), budget.delta),
         covers=covered(section, configuration),
-        not_covered=tuple(sorted({*NOT_COVERED, *section.not_covered})),
+        not_covered=not_covered(section, configuration),
         steps_done=steps_done(mine) if taken is None else taken,
         steps_planned=plan.steps,
         steps_wasted=steps_wasted(mine) if taken is None else steps_charged(mine) - taken,

@@ -23,7 +23,6 @@ from safetensors.numpy import save_file
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.protocol import LARGEST_SHARE, Mode, Terms
 from nnunet_dp.nnunet_federated import (
-    RAW_FINGERPRINT,
     PublicPlans,
     RunPlan,
     Schedule,
@@ -36,7 +35,7 @@ from nnunet_dp.nnunet_federated import (
     plans_from_phantoms,
 )
 from nnunet_dp.plans import write_json
-from nnunet_dp.sections import NOT_COVERED
+from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT
 from nnunet_dp.workers import Progress
 
 CONFIG, WEIGHTS = "config.json", "initial_weights.safetensors"

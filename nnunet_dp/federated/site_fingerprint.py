@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from nnunet_dp.accounting import PrivacyBudget
-from nnunet_dp.charges import LedgerError, epsilon_of
+from nnunet_dp.charges import FINGERPRINT, LedgerError, epsilon_of
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.federated.protocol import Code, FingerprintRequest
 from nnunet_dp.federated.raw_dataset import read_raw
 from nnunet_dp.federated.site_settings import SiteSettings
 from nnunet_dp.federated.site_store import Declined, Store, fingerprint_run
-from nnunet_dp.fingerprint import PURPOSE, Ballot, mechanism_for, release
+from nnunet_dp.fingerprint import Ballot, mechanism_for, release
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.nnunet_fingerprint import ballot_for, measure
 from nnunet_dp.nnunet_site import own_delta
@@ -85,7 +85,7 @@ def _released(
     else:
         ledger = _ledger(request, asked, patients, store)
         mechanism = mechanism_for(budget, request.share)
-        charge = mechanism.charge(PURPOSE, step=None)
+        charge = mechanism.charge(FINGERPRINT, step=None)
         if epsilon_of([*ledger.entries, charge], own_delta(settings, patients)) > settings.max_epsilon:
             raise BudgetRefusal("the fingerprint does not fit the dataset's budget")
         exact = _sum_of_votes(ballot, patients, settings, store)
@@ -105,6 +105,8 @@ def _ledger(request: FingerprintRequest, asked: Mapping[str, Any], patients: Pat
         )
     except Refusal as refusal:
         raise LedgerError(str(refusal)) from None
+    if any(entry.plan != ledger.plan for entry in ledger.own_entries):
+        raise Declined(Code.malformed, "this run's fingerprint was charged for other numbers before")
     return ledger
 
 
@@ -119,5 +121,5 @@ def _spent(request: FingerprintRequest, budget: PrivacyBudget) -> dict[str, Any]
     """What the release cost by itself."""
     if not request.mode.private:
         return {}
-    charge = mechanism_for(budget, request.share).charge(PURPOSE, step=None)
+    charge = mechanism_for(budget, request.share).charge(FINGERPRINT, step=None)
     return {"epsilon": epsilon_of([charge], budget.delta), "delta": budget.delta, "unit": budget.unit[:40]}
