@@ -7,12 +7,11 @@ and dataset.json, and the result becomes a plans file that nnU-Net understands.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -25,9 +24,10 @@ from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.morphology import classes_from
 from nnunet_dp.nnunet import PATIENTS, file_sha256, find_patients, preprocessed_folder
 from nnunet_dp.nnunet_dataset_fingerprint import Provenance, provenance_of
+from nnunet_dp.nnunet_public_plans import public_facts
 from nnunet_dp.outlook import Outlook, outlook
 from nnunet_dp.patients import Patients, digest
-from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds, resemble
+from nnunet_dp.phantoms.matching import matching_kinds, resemble
 from nnunet_dp.planning import MORPHOLOGY_SHARE, TRAINING_SHARE, plan_configuration
 from nnunet_dp.plans import (
     SECTION,
@@ -275,21 +275,6 @@ def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dic
     budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
     draft = Draft(plans["dataset_name"], configuration, public_start=False)
     return draft.private(DatasetFacts(folder, plans, dataset_json, patients), budget)[0]
-
-
-def public_facts(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> PublicFacts:
-    """What decides which phantoms resemble a dataset, from its plans and its dataset.json."""
-    schemes = next(iter(plans["configurations"].values())).get("normalization_schemes", ())
-    shape = plans.get("original_median_shape_after_transp", ())
-    values = {int(v) for label in dataset_json["labels"].values() for v in np.atleast_1d(label)}
-    ignored = {dataset_json["labels"]["ignore"]} if "ignore" in dataset_json["labels"] else set()
-    return PublicFacts(
-        dimensions=2 if len(shape) == 3 and round(shape[0]) == 1 else 3,
-        channels=len(dataset_json.get("channel_names", dataset_json.get("modality", {}))),
-        calibrated="CTNormalization" in schemes,
-        classes=len(values - {0} - ignored),
-        regions=bool(PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).has_regions),
-    )
 
 
 def _refuse_configuration(plans: dict[str, Any], configuration: str) -> None:
