@@ -2,7 +2,9 @@
 
 >>> def broken(cases):
 ...     raise OSError("no such file")
->>> data, target = EmptyWhereUnusable(broken, (1, 1, 4, 4), ((1, 1, 4, 4),), None)(("case",))
+>>> with warnings.catch_warnings():
+...     warnings.simplefilter("ignore")
+...     data, target = EmptyWhereUnusable(broken, (1, 1, 4, 4), ((1, 1, 4, 4),), None)(("case",))
 >>> bool(np.isnan(data).all()), target.shape
 (True, (1, 1, 4, 4))
 

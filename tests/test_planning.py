@@ -86,7 +86,7 @@ def test_the_same_public_facts_give_the_same_plan():
 
 def test_neither_fold_nor_hardware_nor_data_can_reach_the_plan():
     facts = {"budget", "patients", "patch_size", "strides", "count_parameters", "compute", "image_shape"}
-    facts |= {"morphology_share", "classes", "phantom_kinds", "by_hand"}
+    facts |= {"morphology_share", "classes", "phantom_kinds", "by_hand", "fingerprint"}  # the last: what was charged
     assert set(inspect.signature(plan_configuration).parameters) == facts
 
 
