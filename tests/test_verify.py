@@ -223,8 +223,8 @@ LEAKS: dict[str, tuple[Plant, str]] = {
     "number of cases": (in_json("dataset.json", lambda c: c.update(numTraining=208)), "numTraining is not declared"),
     "list of cases": (in_json("dataset.json", lambda c: c.update(training=["tube_07"])), "training is not declared"),
     "path in dataset.json": (
-        in_json("dataset.json", lambda c: c["channel_names"].update({"0": "/home/meier/mri"})),
-        "dataset.json says a path of a machine: '/home/meier",
+        in_json("dataset.json", lambda c: c["channel_names"].update({"0": "/data/meier/mri"})),
+        "dataset.json says a path of a machine: '/data/meier",
     ),
     "space in JSON": (
         lambda files: files.update({"dataset.json": files["dataset.json"] + b" \t \n"}), "is not written as the schema",
