@@ -21,35 +21,19 @@ over a model of the user's.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nnunet_dp import __version__
-from nnunet_dp.accounting import which_accountant
 from nnunet_dp.archive import pack
-from nnunet_dp.card import (
-    Card,
-    ClipRow,
-    DatasetRow,
-    FoldRow,
-    canonical_charges,
-    sampler_of,
-    sentence,
-    upwards,
-)
-from nnunet_dp.charges import LedgerEntry, epsilon_of, events_of
-from nnunet_dp.dataset_identity import identity
+from nnunet_dp.card import Card, upwards
+from nnunet_dp.claim import Claim, ledger_claim
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.summary import FEDERATED
 from nnunet_dp.inference_plans import CT, canonical_json, reduced_description, reduced_plans
-from nnunet_dp.ledger import read_ledger
 from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology, read_morphology
-from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.released_model import (
     DESCRIPTION,
     MANIFEST,
@@ -62,24 +46,8 @@ from nnunet_dp.released_model import (
 )
 from nnunet_dp.released_weights import checkpoint_bytes, released_checkpoint, safetensors_bytes
 from nnunet_dp.replacing import replacing
-from nnunet_dp.run import CARD, FINAL, LEDGER, read_checkpoint
-from nnunet_dp.sections import RAW_FINGERPRINT, PrivacySection, covered, not_covered
-from nnunet_dp.status import Status, read_status
-
-CLIP_RULES = {
-    "nnUNetTrainerDP": "flat",
-    "nnUNetTrainerDP_AutoS": "auto_s",
-    "nnUNetTrainerDP_AutoS_Morph": "auto_s",
-    "nnUNetTrainerDP_AutoS_MorphAdaptive": "auto_s",
-    "nnUNetTrainerDP_AutoS_MorphTrainingOnly": "auto_s",
-    "nnUNetTrainerDP_AutoV": "auto_v",
-    "nnUNetTrainerDP_NSGD": "nsgd",
-    "nnUNetTrainerDP_PSAC": "psac",
-    "nnUNetTrainerDP_Quantile": "quantile",
-    "nnUNetTrainerDP_PerLayer": "per_layer",
-}
-NO_GUARANTEE_RUNS = "runs_without_guarantee_on_this_dataset"
-_PUBLIC = "number of units, fold of each unit, channels and labels"
+from nnunet_dp.run import CARD, FINAL, read_checkpoint
+from nnunet_dp.sections import RAW_FINGERPRINT
 
 
 @dataclass(frozen=True)
@@ -124,28 +92,6 @@ class Exported:
             ("next", f"nnUNetv2_install_pretrained_model_from_zip {self.file.name}"),
             ("", self.predict_command),
         ]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """What a model guarantees, before its weights have a name: the card's fields, and each fold's counts.
-
-    Attributes:
-        fields: of the card, without folds, versions and sentence.
-        counts: charges and steps by fold.
-    """
-
-    fields: Mapping[str, Any]
-    counts: Mapping[str, tuple[int, int]]
-
-    def card(self) -> Card:
-        """The card."""
-        folds = [FoldRow(fold=fold, charges=charges, steps=steps) for fold, (charges, steps) in self.counts.items()]
-        packages = {"dp_accounting": "dp-accounting", "nnunetv2": "nnunetv2", "torch": "torch"}
-        versions = {"nnunet_dp": __version__, **{name: version(package) for name, package in packages.items()}}
-        given = {"schema_version": 1, "claim": "-", **self.fields, "folds": folds, "versions": versions}
-        draft = Card.model_validate({name: given[name] for name in Card.model_fields})
-        return draft.model_copy(update={"claim": sentence(draft)})
 
 
 def export_model(
@@ -237,107 +183,12 @@ def _configuration(model: Path) -> str:
     return model.name.split("__")[2]
 
 
-# ---- what it claims ----------------------------------------------------------------------------------------------
-
-
 def _claim(model: Path, folds: Sequence[str]) -> Claim:
-    if (model / FEDERATED).is_file():
-        from nnunet_dp.federated.claim import federated_claim
+    if not (model / FEDERATED).is_file():
+        return ledger_claim(model, folds)
+    from nnunet_dp.federated.claim import federated_claim
 
-        return Claim(*federated_claim(model))
-    return _claim_of_ledger(model, folds, [read_status(model / f"fold_{fold}") for fold in folds])
-
-
-def _claim_of_ledger(model: Path, folds: Sequence[str], told: Sequence[Status]) -> Claim:
-    """Counted again from the dataset's ledger, in which every line was verified."""
-    plans, configuration = json.loads((model / PLANS).read_text()), _configuration(model)
-    section = read_section(plans)
-    assert section is not None  # read_status refuses
-    for fold, status in zip(folds, told, strict=True):
-        _refuse_unfinished(model, fold, status)
-    preprocessed = _preprocessed(plans["dataset_name"])
-    ledger = read_ledger(preprocessed / LEDGER)
-    if len({(entry.unit, entry.units) for entry in ledger}) != 1:
-        raise Refusal("the dataset was charged per different units: their charges cannot be added, nothing is claimed")
-    of_run = {status.run: [entry for entry in ledger if entry.run == status.run] for status in told}
-    runs = {fold: of_run[status.run] for fold, status in zip(folds, told, strict=True)}
-    plan, budget = configuration_plan(section, configuration), section.budget
-    charges = [*plan.paid, *(entry for entries in runs.values() for entry in entries)]
-    unguarded = told[0].released_without_guarantee
-    rows = canonical_charges(charges)
-    fields = {
-        "unit": told[0].unit,
-        "relation": budget.relation,
-        "epsilon": epsilon_of([row.charge for row in rows], budget.delta),
-        "delta": budget.delta,
-        "dataset": DatasetRow(
-            identity=identity(preprocessed, ledger[0].units),
-            epsilon_total=told[0].epsilon_dataset_total,
-        ),
-        "charges": rows,
-        "sites": [],
-        "client_level": None,
-        "clip": _clip(model, section, configuration),
-        "sampler": sampler_of(rows),
-        "accountant": which_accountant(events_of(charges), budget.delta),
-        "public_inputs": _public_inputs(model, section, configuration),
-        "covers": list(covered(section, configuration)),
-        "not_covered": sorted({*not_covered(section, configuration), *([NO_GUARANTEE_RUNS] if unguarded else [])}),
-    }
-    counts = {fold: (_count(runs[fold]), status.steps_done) for fold, status in zip(folds, told, strict=True)}
-    return Claim(fields, counts)
-
-
-def _preprocessed(dataset: str) -> Path:
-    """The folder that holds the dataset's ledger; the copy beside the model does not tell of the dataset's total."""
-    base = os.environ.get("nnUNet_preprocessed")
-    folder = Path(base) / dataset if base else None
-    if folder is None or not (folder / LEDGER).is_file():
-        raise Refusal(
-            f"the dataset's {LEDGER} is not at hand, from which an export's epsilon is counted: set "
-            "nnUNet_preprocessed, or put the ledger back from a backup"
-        )
-    return folder
-
-
-def _count(entries: Sequence[LedgerEntry]) -> int:
-    return sum(entry.count for entry in entries)
-
-
-def _refuse_unfinished(model: Path, fold: str, status: Status) -> None:
-    """What ``read_status`` reports and an export cannot use."""
-    if not status.finished:
-        raise Refusal(
-            f"fold_{fold} of {model.name} is not finished ({status.steps_done} of {status.steps_planned} steps): go on "
-            "with nnUNetv2_train ... --c, or name the finished folds with -f"
-        )
-    checkpoint = read_checkpoint(model / f"fold_{fold}" / FINAL)
-    run, trainer = checkpoint["init_args"].get("run"), checkpoint["trainer_name"]
-    if (run, trainer) != (status.run, model.name.split("__")[0]):
-        raise Refusal(
-            f"{FINAL} in fold_{fold} of {model.name} was written by another run or trainer than its ledger lines: put "
-            "the run's own checkpoint back"
-        )
-
-
-def _clip(model: Path, section: PrivacySection, configuration: str) -> ClipRow:
-    rule = CLIP_RULES[model.name.split("__")[0]]
-    constants = configuration_plan(section, configuration).clip_rules[rule].constants
-    return ClipRow(rule=rule, constants=dict(constants))
-
-
-def _public_inputs(model: Path, section: PrivacySection, configuration: str) -> list[str]:
-    plan = configuration_plan(section, configuration)
-    plans = section.public_plans or "nnU-Net's fingerprint of the raw images, which is not covered"
-    weights = section.public_weights_sha256
-    free = _free_rules(model)
-    return [
-        _PUBLIC,
-        f"plans from {'a noised fingerprint, which is charged' if plan.fingerprint else plans}",
-        *([f"public start: {plan.start.describe()}"] if plan.start else []),
-        *([f"weights declared public, SHA-256 {weights}"] if weights else []),
-        *([f"refinement rules that asked no patient ({free.kind})"] if free else []),
-    ]
+    return federated_claim(model)
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -399,11 +250,6 @@ def _learnt(fold: Path) -> Morphology | None:
     if rules.paid_by is None and any(rule.operations for rule in rules.classes):
         raise Refusal(f"{RULES} in {fold.name} names no charge that paid for it: put the run's own file back")
     return rules
-
-
-def _free_rules(model: Path) -> Morphology | None:
-    rules = read_morphology(model / RULES) if (model / RULES).is_file() else None
-    return rules if rules is not None and rules.free else None
 
 
 def _written(rules: Morphology) -> bytes:

@@ -183,7 +183,7 @@ def _unlike(kind: type[BaseModel], content: bytes) -> tuple[str, ...]:
     """How a file differs from what its schema would write."""
     try:
         wrong = faults(kind, json.loads(content))
-    except ValueError:
+    except (ValueError, RecursionError):
         return ("is not JSON",)
     if wrong:
         return wrong

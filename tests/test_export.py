@@ -15,10 +15,11 @@ from ordinary_plans import DATASET
 from released import BUDGET, PLAN, SECRETS, STEPS, FakeModel, fake_model, files_of, plans
 
 from nnunet_dp.charges import LedgerError
+from nnunet_dp.claim import CLIP_RULES
 from nnunet_dp.clipping import RULE_NAMES
 from nnunet_dp.dataset_identity import SECRET, identity
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.export import CLIP_RULES, export_model
+from nnunet_dp.export import export_model
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.mechanisms import SubsampledGaussian
 from nnunet_dp.morphology import FILE, classes_from, read_morphology, write_morphology

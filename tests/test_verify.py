@@ -139,6 +139,12 @@ def _say_and_drop(records: Files) -> None:
     records["archive/data.pkl"] = pickled[:2] + said + pickled[2:]
 
 
+def _say_a_number(records: Files) -> None:
+    """Left on the unpickler's stack, and never looked at."""
+    pickled = records["archive/data.pkl"]
+    records["archive/data.pkl"] = pickled[:2] + b"K\x07" + pickled[2:]
+
+
 def _change_weights(files: Files) -> None:
     """In both files alike."""
     in_checkpoint(lambda content: next(iter(content["network_weights"].values())).add_(1))(files)
@@ -246,6 +252,9 @@ LEAKS: dict[str, tuple[Plant, str]] = {
     "missing charge": (_without_a_charge, "a charge is missing or added"),
     "fewer charges, epsilon with them": (_fewer_charges, "a charge is missing or added"),
     "fewer charges, card with them": (_fewer_everywhere, "privacy_card.json says others"),
+    "charge of no price": (
+        in_json("privacy_card.json", lambda c: c["charges"][0].update(mechanism="pure_dp")), "cannot be composed",
+    ),
     "claim in other words": (
         in_json("privacy_card.json", lambda c: c.update(claim="perfectly anonymous")), "the claim should be: Taken",
     ),
@@ -270,6 +279,11 @@ LEAKS: dict[str, tuple[Plant, str]] = {
     "extra key in the checkpoint": (
         in_checkpoint(lambda c: c.update(rng_state=torch.arange(9))), "the key 'rng_state' is not declared",
     ),
+    "tensor in place of 0": (in_checkpoint(lambda c: c.update(current_epoch=torch.ones(9))), "current_epoch should be"),
+    "words in place of axes": (
+        in_checkpoint(lambda c: c.update(inference_allowed_mirroring_axes=("Meier",))), "mirroring_axes should be axes",
+    ),
+    "words in place of a count": (in_checkpoint(lambda c: c["init_args"].update(steps="Meier")), "should be numbers"),
     "extra init_args": (in_checkpoint(lambda c: c["init_args"].update(plans={"a": 1})), "found another plans"),
     "extra tensor in the checkpoint": (
         in_checkpoint(lambda c: c["network_weights"].update(patient=torch.ones(9))),
@@ -279,6 +293,9 @@ LEAKS: dict[str, tuple[Plant, str]] = {
     "record in the checkpoint": (in_records(lambda r: r.update({"archive/log.txt": b"x"})), "log.txt is not declared"),
     "numbers of no tensor": (in_records(lambda r: r.update({"archive/data/999": b"x" * 64})), "belong to no tensor"),
     "string that is dropped": (in_records(_say_and_drop), "its pickle holds code (POP)"),
+    "number that is dropped": (
+        in_records(_say_a_number), "holds more than is loaded from it",
+    ),
     "bytes behind the pickle": (
         in_records(lambda r: r.update({"archive/data.pkl": r["archive/data.pkl"] + b"Meier"})), "behind the end of its",
     ),

@@ -12,6 +12,7 @@ from typing import Any
 from nnunet_dp.accounting import which_accountant
 from nnunet_dp.card import ClientLevelRow, SiteRow, canonical_charges, sampler_of
 from nnunet_dp.charges import LedgerEntry, events_of
+from nnunet_dp.claim import Claim
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.summary import SiteSummary, Summary, charges_of_sites, read_summary
 from nnunet_dp.run import FINAL, read_checkpoint
@@ -20,8 +21,8 @@ _FOLD = "all"  # of every federated model
 _PUBLIC = "number of units at each site, channels and labels"
 
 
-def federated_claim(model: Path) -> tuple[dict[str, Any], dict[str, tuple[int, int]]]:
-    """Fields of the card (``card.Card``), and charges and steps by fold.
+def federated_claim(model: Path) -> Claim:
+    """What a federated model claims.
 
     Args:
         model: folder of a federated model.
@@ -44,7 +45,7 @@ def federated_claim(model: Path) -> tuple[dict[str, Any], dict[str, tuple[int, i
     charges = charges_of_sites(told)
     spent = [site for site in told.sites if site.spent is not None]
     rows = [_row(number, site, charges.get(site.name)) for number, site in enumerate(spent, 1)]
-    return _fields(told, rows), {_FOLD: (0, int(checkpoint["init_args"]["steps"]))}
+    return Claim(_fields(told, rows), {_FOLD: (0, int(checkpoint["init_args"]["steps"]))})
 
 
 def _row(number: int, site: SiteSummary, charged: tuple[LedgerEntry, ...] | None) -> SiteRow:
