@@ -26,7 +26,7 @@ from pydantic import Field, StringConstraints
 from nnunet_dp.accounting import which_accountant
 from nnunet_dp.charges import Charge, epsilon_of, events_of
 from nnunet_dp.inference_plans import Plain, Released
-from nnunet_dp.sections import RAW_FINGERPRINT
+from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT
 
 SAME_VERSION, OTHER_VERSION = 1e-6, 1e-3  # relative; versions of the accountant round differently
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -224,13 +224,18 @@ def miscounted(card: Card) -> Iterator[str]:
         of_folds = sum(row.charges for row in card.folds)
         if charged != of_folds:
             yield f"the charges count {charged} releases, the folds {of_folds}: a charge is missing or added"
-        if card.dataset is not None and (card.dataset.epsilon_total or math.inf) < card.epsilon * (1 - SAME_VERSION):
+        if card.dataset is None or card.clip is None:
+            yield "a model of one dataset should name its identity and its clip rule"
+        elif (card.dataset.epsilon_total or math.inf) < card.epsilon * (1 - SAME_VERSION):
             yield "the dataset's total is below this model's epsilon"
     charges = [*card.charges, *(row for site in card.sites for row in site.charges)]
     if charges != _sorted(card.charges) + [row for site in card.sites for row in _sorted(site.charges)]:
         yield "the charges are not in their canonical form"
     if card.sampler != sampler_of(charges):
         yield f"the sampler should follow the charges ({sampler_of(charges)}), found {card.sampler}"
+    forgotten = sorted({*NOT_COVERED} - {RAW_FINGERPRINT, *card.not_covered})
+    if forgotten:
+        yield f"not_covered leaves out what is never covered: {', '.join(forgotten)}"
     if card.claim != sentence(card):
         yield f"the claim should be: {sentence(card)}"
 

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from nnunet_dp.errors import Refusal
 
@@ -42,9 +42,12 @@ DatasetName = Annotated[str, StringConstraints(max_length=100, pattern=r"^Datase
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Edge = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _TorchClass = Annotated[str, StringConstraints(pattern=f"^{TORCH_CLASS}$")]
-_Option = bool | int | _Finite | Literal["linear", "nearest", "bilinear", "trilinear", "nearest-exact"] | None
+_Number = Annotated[int, Field(ge=-16, le=16)] | Annotated[float, Field(ge=-16, le=16, allow_inf_nan=False)]
+_Option = bool | _Number | Literal["linear", "nearest", "bilinear", "trilinear", "nearest-exact"] | None
 _Options = dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,40}$")], _Option]
-_PerStage = list[PositiveInt] | PositiveInt
+_Width = Annotated[int, Field(ge=1, le=4096)]
+_Voxels = Annotated[list[_Width], Field(min_length=2, max_length=3)]
+_PerStage = Annotated[list[_Width], Field(max_length=16)] | _Width
 
 
 class Released(BaseModel):
@@ -66,11 +69,11 @@ def canonical_json(content: Any) -> bytes:
 class NetworkArguments(Released):
     """Arguments of nnU-Net's U-Nets."""
 
-    n_stages: PositiveInt
-    features_per_stage: list[PositiveInt]
+    n_stages: Annotated[int, Field(ge=1, le=16)]
+    features_per_stage: Annotated[list[_Width], Field(max_length=16)]
     conv_op: _TorchClass
-    kernel_sizes: list[list[PositiveInt]] | list[PositiveInt]
-    strides: list[list[PositiveInt]] | list[PositiveInt]
+    kernel_sizes: list[_Voxels]
+    strides: list[_Voxels]
     n_conv_per_stage: _PerStage | None = None
     n_blocks_per_stage: _PerStage | None = None
     n_conv_per_stage_decoder: _PerStage
@@ -97,7 +100,7 @@ class InferenceConfiguration(Released):
     """One configuration: preprocessing, patches, network."""
 
     preprocessor_name: Literal["DefaultPreprocessor"]
-    patch_size: list[PositiveInt]
+    patch_size: _Voxels
     spacing: list[_Edge]
     normalization_schemes: list[Literal[NORMALIZATIONS]]  # pyright: ignore[reportInvalidTypeForm]
     use_mask_for_norm: list[bool]
@@ -126,8 +129,8 @@ class InferencePlans(Released):
     plans_name: Name
     configurations: dict[Name, InferenceConfiguration] = Field(min_length=1, max_length=1)
     image_reader_writer: Literal[READERS]  # pyright: ignore[reportInvalidTypeForm]
-    transpose_forward: list[int]
-    transpose_backward: list[int]
+    transpose_forward: list[Literal[0, 1, 2]]
+    transpose_backward: list[Literal[0, 1, 2]]
     label_manager: Literal["LabelManager"] = "LabelManager"
     foreground_intensity_properties_per_channel: dict[Annotated[str, StringConstraints(pattern=r"^\d+$")], Intensity]
 
@@ -156,8 +159,8 @@ class InferencePlans(Released):
 class DatasetDescription(Released):
     """dataset.json: channels, labels and file ending, nothing about cases."""
 
-    channel_names: dict[Annotated[str, StringConstraints(pattern=r"^\d+$")], Plain]
-    labels: dict[Plain, int | list[int]]
+    channel_names: dict[Annotated[str, StringConstraints(pattern=r"^\d+$")], Plain] = Field(min_length=1)
+    labels: dict[Plain, int | Annotated[list[int], Field(min_length=1)]]
     regions_class_order: list[int] | None = None
     file_ending: Annotated[str, StringConstraints(pattern=r"^(\.[A-Za-z0-9]{1,8}){1,2}$")]
     overwrite_image_reader_writer: Literal[READERS] | None = None  # pyright: ignore[reportInvalidTypeForm]

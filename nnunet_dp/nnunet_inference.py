@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp.errors import UsageRefusal
@@ -34,9 +35,10 @@ def network_shapes(
         dataset_json: channels and labels.
         morphology: whether the trainer refines inside the network.
     """
-    network = planned_network(dict(plans), configuration, dict(dataset_json))
-    if morphology:
-        heads = PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).num_segmentation_heads
-        dimensions = len(plans["configurations"][configuration]["patch_size"])
-        network = MorphedNetwork(network, SoftMorphology(heads, dimensions, True))
+    with torch.device("meta"):  # shapes alone, whatever size the plans ask for
+        network = planned_network(dict(plans), configuration, dict(dataset_json))
+        if morphology:
+            heads = PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).num_segmentation_heads
+            dimensions = len(plans["configurations"][configuration]["patch_size"])
+            network = MorphedNetwork(network, SoftMorphology(heads, dimensions, True))
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}

@@ -127,7 +127,10 @@ def verify_content(content: bytes, name: str) -> Verified:
     listed = tuple((name, len(data), _meaning(name, root)) for name, data in sorted(found.items()))
     undeclared = tuple(f"{name} is not declared" for name, _, what in listed if what is None)
     card = _read(Card, files.get(CARD, b""))
-    contents = tuple(_faults(root, files)) if root else (_NO_MODEL,)
+    try:
+        contents = tuple(_faults(root, files)) if root else (_NO_MODEL,)
+    except Exception as error:  # what nobody thought of is a fault of the archive
+        contents = (f"cannot be checked ({type(error).__name__})",)
     return Verified(name, listed, (*wrong, *undeclared, *contents), card)
 
 
@@ -255,8 +258,8 @@ def _odd_rules(files: Mapping[str, bytes], description: DatasetDescription, card
             yield f"{name} was learnt from masks, and no charge paid for it"
         try:
             refuse_other_classes(rules, json.loads(description.content))
-        except UsageRefusal as refusal:
-            yield f"{name}: {refusal}"
+        except ValueError as refusal:  # a usage refusal, or labels that are no classes
+            yield f"{name}: {' '.join(str(refusal).split())}"
 
 
 # ---- weights -----------------------------------------------------------------------------------------------------

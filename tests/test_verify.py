@@ -32,6 +32,7 @@ from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.export import export_model
 from nnunet_dp.inference_plans import canonical_json
 from nnunet_dp.released_weights import checkpoint_bytes, safetensors_bytes
+from nnunet_dp.sections import NOT_COVERED
 from nnunet_dp.verify import verify, verify_content
 
 CHECKPOINT, SAFE = "fold_0/checkpoint_final.pth", "fold_0/weights.safetensors"
@@ -254,6 +255,10 @@ LEAKS: dict[str, tuple[Plant, str]] = {
     "fewer charges, card with them": (_fewer_everywhere, "privacy_card.json says others"),
     "charge of no price": (
         in_json("privacy_card.json", lambda c: c["charges"][0].update(mechanism="pure_dp")), "cannot be composed",
+    ),
+    "a limit left out": (
+        in_json("privacy_card.json", lambda c: c["not_covered"].remove(NOT_COVERED[1])),
+        "not_covered leaves out what is never covered",
     ),
     "claim in other words": (
         in_json("privacy_card.json", lambda c: c.update(claim="perfectly anonymous")), "the claim should be: Taken",
