@@ -12,6 +12,8 @@ status     :func:`nnunet_dp.status.read_status`             what was spent, as a
 morph      :mod:`nnunet_dp.learning`, ``refined_folder``    the rules, or how many files were refined
 predict    :func:`nnunet_dp.prediction.predict`             nnU-Net's output, and what was refined
 evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with intervals
+export     :func:`nnunet_dp.export.export_model`            the archive, its claim and what to type next
+verify     :func:`nnunet_dp.verify.verify`                  what an archive holds, and its faults
 fed        :mod:`nnunet_dp.cli_fed`                         what a federated run does and comes to
 =========  ===============================================  =====================================
 
@@ -431,6 +433,67 @@ def status_command(
     from nnunet_dp.status import read_status
 
     _show(read_status(fold_folder), as_json)
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[
+        Path, typer.Option("-m", "--model", exists=True, file_okay=False, help="The model's folder, with its folds.")
+    ],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The archive to write, such as model.zip.")],
+    fold: Annotated[
+        list[str] | None, typer.Option("-f", "--fold", help="Folds to export, such as -f 0 1. Default: all.")
+    ] = None,
+    further: Annotated[list[str] | None, typer.Argument(metavar="", help="Further folds, after -f.")] = None,
+    stock: Annotated[bool, typer.Option("--stock", help="For plain nnU-Net, without this package.")] = False,
+    dataset: Annotated[
+        str | None, typer.Option("--as", help="DatasetXXX_Name in the archive. Default: the model's.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an archive that is there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write what may be shared of a private model: weights, what prediction needs, and the privacy card.
+
+    Epsilon is counted again from the dataset's ledger, for all exported folds together. Nothing else of the model's
+    folder is in the archive: no fingerprint, case names, splits, logs, validation results or states, no times and no
+    paths. It installs with nnUNetv2_install_pretrained_model_from_zip, under plans of its own name.
+
+    \b
+    Example:
+      nnunet-dp export -m $nnUNet_results/Dataset004_Hippocampus/MODEL -o model.zip
+      nnunet-dp export -m $nnUNet_results/Dataset004_Hippocampus/MODEL -o model.zip -f 0 1 --stock
+      nnunet-dp verify model.zip
+    """
+    from nnunet_dp.export import export_model
+
+    if further and not fold:
+        raise UsageRefusal(f"folds should be named after -f, found {' '.join(further)}; type for instance -f 0 1")
+    folds = [part for text in (*(fold or ()), *(further or ())) for part in text.replace(",", " ").split()]
+    _show(export_model(model, output, folds, stock, dataset, overwrite), as_json)
+
+
+@app.command("verify")
+def verify_command(
+    archive: Annotated[Path, typer.Argument(help="An archive, such as model.zip.")],
+    as_json: AsJson = False,
+) -> None:
+    """List everything in an exported model and fail (exit code 1) on anything that is not declared.
+
+    Hashes, the card's schema and the recount of its charges are checked, too. No code from the archive runs: type it
+    before nnUNetv2_predict, which trusts what it loads. It is no signature: who can write the archive can write the
+    card.
+
+    \b
+    Example:
+      nnunet-dp verify model.zip
+      nnunet-dp verify model.zip --json
+    """
+    from nnunet_dp.verify import verify
+
+    found = verify(archive)
+    _show(found, as_json)
+    if not found.ok:
+        raise typer.Exit(1)
 
 
 morph = typer.Typer(

@@ -29,6 +29,7 @@ from nnunet_dp.replacing import replacing
 LEDGER = "privacy_ledger.jsonl"
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
+CARD = "privacy_card.json"  # in an exported model, whose charges lie in a ledger that stayed with its data
 _LOCK = "training.lock"
 _MODELS = "nnUNetTrainerDP*"
 _FEDERATED = "federated.json"  # beside the model of a federated run, whose charges lie in the sites' ledgers
@@ -129,7 +130,7 @@ class RunFolder:
         copies = {copy: copy.read_bytes() for copy in sorted(self.results.rglob(LEDGER))}  # before the ledger grows on
         states = [read_checkpoint(file).get("private") for file in sorted(self.results.rglob(f"{_MODELS}/**/{LATEST}"))]
         finals = self.results.rglob(f"{_MODELS}/**/{FINAL}")
-        models = any(not (file.parent.parent / _FEDERATED).is_file() for file in finals)  # those are the sites' to pay
+        models = any(_was_trained_here(file.parent.parent) for file in finals)
         charges = self._charges()
         known = {entry.line for entry in charges}
         for copy, content in copies.items():
@@ -156,6 +157,11 @@ class RunFolder:
         for file in old:
             shutil.move(str(file), target / file.name)
         return f"archive/{target.name}"
+
+
+def _was_trained_here(model: Path) -> bool:
+    """Whether this dataset paid for a model: not those of federated runs (their sites did), nor installed exports."""
+    return not any((model / file).is_file() for file in (_FEDERATED, CARD))
 
 
 def write_checkpoint(content: dict[str, Any], file: Path) -> None:

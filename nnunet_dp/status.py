@@ -29,7 +29,7 @@ from nnunet_dp.federated.site_store import released_without_guarantee
 from nnunet_dp.ledger import read_copy, read_ledger
 from nnunet_dp.morphology import FILE, read_morphology
 from nnunet_dp.plans import configuration_plan, read_section
-from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint
+from nnunet_dp.run import CARD, FINAL, LATEST, LEDGER, read_checkpoint
 from nnunet_dp.sections import PrivacySection, covered, not_covered
 
 
@@ -108,6 +108,10 @@ def read_status(folder: Path) -> Status:
         raise UsageRefusal(
             f"expected the folder of a fold, such as nnUNetTrainerDP__nnUNetPlansDP_eps8__3d_fullres/fold_0; "
             f"{folder.name} has no plans.json beside it"
+        )
+    if (folder.parent / CARD).is_file():
+        raise UsageRefusal(
+            f"{folder.parent.name} was installed from an export: its claim is in {CARD}, its ledger stayed behind"
         )
     trainer = folder.parent.name.split("__")[0]
     if trainer not in TRAINER_NAMES:

@@ -20,6 +20,7 @@ from one_site import coordinator_plans
 
 from nnunet_dp.cli import main
 from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.export import export_model
 from nnunet_dp.federated import simulate as simulation
 from nnunet_dp.federated.coordinator import Coordinator
 from nnunet_dp.federated.new_run import RunOptions, Schedule, Sites, find_plans, make_run, not_covered
@@ -32,6 +33,7 @@ from nnunet_dp.federated.summary import read_summary
 from nnunet_dp.nnunet_federated import PublicPlans
 from nnunet_dp.phantoms import write_dataset
 from nnunet_dp.run import RunFolder
+from nnunet_dp.verify import verify
 
 LEDGER = "privacy_ledger.jsonl"
 
@@ -207,6 +209,38 @@ def test_each_round_is_one_line_with_replies_threshold_and_epsilon(finished):
     assert len(rounds) == 2 and all("threshold" in line and "epsilon" in line for line in rounds)
 
 
+# ---- an export of it -----------------------------------------------------------------------------------------------
+
+
+def test_an_export_has_a_row_for_each_site_counted_from_its_ledger(finished, tmp_path):
+    place, run, _ = finished
+    report = export_model(run.model_folder, tmp_path / "model.zip", stock=True)
+    for number, row in zip((301, 302), report.card.sites, strict=True):
+        assert row.counted == "from its ledger" and row.rounds == 2
+        assert row.epsilon == pytest.approx(recounted_epsilon(charges(place, number), row.delta), rel=0.01)
+    assert report.card.epsilon == max(row.epsilon for row in report.card.sites) and report.card.dataset is None
+    assert verify(tmp_path / "model.zip").ok and report.model.startswith("nnUNetTrainer__")
+    assert not [name for name in ("site_301", "site_302", "lesion_0") if name in report.card.content.decode()]
+
+
+def test_an_export_where_the_sites_ledgers_are_not_says_that_epsilon_is_as_reported(finished, tmp_path, monkeypatch):
+    _, run, _ = finished
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    report = export_model(run.model_folder, tmp_path / "model.zip")
+    assert {row.counted for row in report.card.sites} == {"as reported"} and not report.card.sites[0].charges
+    assert "as far as sites reported what they spent" in report.card.claim
+    assert dict(verify(tmp_path / "model.zip").lines())["NOT recounted"].startswith("sites 1, 2")
+
+
+def test_an_export_of_another_runs_weights_is_refused(finished, tmp_path):
+    _, run, _ = finished
+    copy = shutil.copytree(run.model_folder, tmp_path / "Dataset004_X" / run.model_folder.name)
+    told = json.loads((copy / "federated.json").read_text())
+    (copy / "federated.json").write_text(json.dumps({**told, "run": "0b"}))
+    with pytest.raises(Refusal, match=r"another run than federated\.json says"):
+        export_model(copy, tmp_path / "model.zip")
+
+
 # ---- what may go wrong -------------------------------------------------------------------------------------------
 
 
@@ -266,3 +300,5 @@ def test_a_mode_without_a_guarantee_says_so_everywhere_and_charges_nothing(finis
     summary = read_summary(run.model_folder)
     assert summary.epsilon is None and summary.guarantee.startswith("no guarantee")
     assert next(line for line in said if line.startswith("round 1")).count("NO GUARANTEE") == 1
+    with pytest.raises(UsageRefusal, match=f"was trained by {mode}, without a guarantee"):
+        export_model(run.model_folder, tmp_path / "model.zip")

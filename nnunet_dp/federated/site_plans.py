@@ -32,15 +32,12 @@ from nnunet_dp.errors import Refusal
 from nnunet_dp.federated.local import first_rule, private_plan
 from nnunet_dp.federated.protocol import Terms
 from nnunet_dp.federated.site_store import may_name_a_folder
+from nnunet_dp.inference_plans import NETWORKS, NORMALIZATIONS, READERS, TORCH_CLASS
 from nnunet_dp.planning import patches_per_patient
 from nnunet_dp.plans import with_section
 from nnunet_dp.sections import NOT_COVERED, ConfigurationPlan, FingerprintPlan, NetworkPlan, PrivacySection, RulePlan
 
-_TORCH = re.compile(r"torch\.nn\.(?:modules\.(?:conv|instancenorm|activation)\.)?[A-Z][A-Za-z0-9]+")
-_NETWORKS = tuple(
-    f"dynamic_network_architectures.architectures.{kind}"
-    for kind in ("unet.PlainConvUNet", "unet.ResidualEncoderUNet", "residual_unet.ResidualEncoderUNet")
-)
+_TORCH = re.compile(TORCH_CLASS)
 _UNUSED = 1.0  # noise multiplier in the plan of a run that has no noise
 _IMPORTED = ("conv_op", "norm_op", "dropout_op", "nonlin")
 _KNOWN_ARGUMENTS = frozenset((
@@ -52,12 +49,6 @@ _RESAMPLING = {  # nnU-Net's own, to the letter: an option that fails only on so
     for what, order in (("data", 3), ("seg", 1), ("probabilities", 1))
 }
 _SPACING_MM = (0.01, 100.0)
-_NORMALIZATION = (
-    "ZScoreNormalization", "CTNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization",
-)  # fmt: skip
-_READERS = (
-    "SimpleITKIO", "SimpleITKIOWithReorient", "NibabelIO", "NibabelIOWithReorient", "NaturalImage2DIO", "Tiff3DIO",
-)  # fmt: skip
 _CONFIGURATION = frozenset((
     "data_identifier", "preprocessor_name", "batch_size", "patch_size", "median_image_size_in_voxels", "spacing",
     "normalization_schemes", "use_mask_for_norm", "batch_dice", "architecture", "next_stage",
@@ -99,11 +90,11 @@ def admit(plans: Mapping[str, Any], configuration: str, dataset: str, data_ident
 def _require_kinds(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -> None:
     for key in set(configuration) - _CONFIGURATION:
         raise Refusal(f"the coordinator's plans should hold only what this version knows, found {key!r:.60}")
-    _require(plans.get("image_reader_writer") in _READERS, "image_reader_writer")
+    _require(plans.get("image_reader_writer") in READERS, "image_reader_writer")
     _require(plans.get("label_manager", "LabelManager") == "LabelManager", "label_manager")
     _require(configuration.get("preprocessor_name") == "DefaultPreprocessor", "preprocessor_name")
     schemes = configuration.get("normalization_schemes")
-    _require(isinstance(schemes, list) and all(scheme in _NORMALIZATION for scheme in schemes), "normalization_schemes")
+    _require(isinstance(schemes, list) and all(scheme in NORMALIZATIONS for scheme in schemes), "normalization_schemes")
     for what, options in _RESAMPLING.items():
         _require(configuration.get(f"resampling_fn_{what}") == "resample_data_or_seg_to_shape", f"resampling_fn_{what}")
         _require(configuration.get(f"resampling_fn_{what}_kwargs") == options, f"resampling_fn_{what}_kwargs")
@@ -114,7 +105,7 @@ def _require_kinds(plans: Mapping[str, Any], configuration: Mapping[str, Any]) -
 
 def _require_architecture(architecture: Any) -> None:
     _require(isinstance(architecture, dict), "architecture")
-    _require(architecture.get("network_class_name") in _NETWORKS, "architecture.network_class_name")
+    _require(architecture.get("network_class_name") in NETWORKS, "architecture.network_class_name")
     arguments, imported = architecture.get("arch_kwargs"), architecture.get("_kw_requires_import")
     _require(isinstance(arguments, dict) and set(arguments) <= _KNOWN_ARGUMENTS, "architecture.arch_kwargs")
     _require(isinstance(imported, list) and set(imported) <= set(_IMPORTED), "architecture._kw_requires_import")

@@ -14,12 +14,15 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.federated.site_store import fingerprint_run, released_without_guarantee
+
+if TYPE_CHECKING:
+    from nnunet_dp.charges import LedgerEntry
 
 FEDERATED, CONFIG, SETTINGS, RESULT = "federated.json", "config.json", "settings", "federated_result.json"
 NO_GUARANTEE = "no guarantee"
@@ -185,15 +188,9 @@ def recounted(summary: Summary, places: Mapping[str, tuple[Path, Path]]) -> Summ
 
 def _recount(site: SiteSummary, summary: Summary, results: Path, preprocessed: Path) -> SiteSummary:
     from nnunet_dp.charges import epsilon_of
-    from nnunet_dp.ledger import read_copy, read_ledger
     from nnunet_dp.run import LEDGER
 
-    fold = _fold_of(summary.run, results)
-    whole = preprocessed / LEDGER
-    everything = read_ledger(whole) if whole.is_file() else ()
-    own = read_copy(fold / LEDGER) if fold is not None and (fold / LEDGER).is_file() else ()
-    runs = {fingerprint_run(summary.run), *(entry.run for entry in own)}  # the copy may lack the newest line
-    mine = [entry for entry in everything if entry.run in runs] or own
+    fold, mine, everything = _charged(summary.run, results, preprocessed)
     budget = _budget_beside(fold) if fold is not None else None
     if site.delta is None and budget is not None:  # no reply came through that said it
         site = replace(site, delta=budget.delta, unit=budget.unit)
@@ -216,6 +213,28 @@ def _budget_beside(fold: Path) -> PrivacyBudget | None:
     file = fold.parent / "plans.json"
     section = read_section(json.loads(file.read_text())) if file.is_file() else None
     return section.budget if section is not None else None
+
+
+def _charged(
+    run: str, results: Path, preprocessed: Path
+) -> tuple[Path | None, tuple[LedgerEntry, ...], tuple[LedgerEntry, ...]]:
+    """A site's folder of a run, its charges for it, and all that its dataset was ever charged."""
+    from nnunet_dp.ledger import read_copy, read_ledger
+    from nnunet_dp.run import LEDGER
+
+    fold, whole = _fold_of(run, results), preprocessed / LEDGER
+    everything = read_ledger(whole) if whole.is_file() else ()
+    own = read_copy(fold / LEDGER) if fold is not None and (fold / LEDGER).is_file() else ()
+    runs = {fingerprint_run(run), *(entry.run for entry in own)}  # the copy may lack the newest line
+    return fold, tuple(entry for entry in everything if entry.run in runs) or own, everything
+
+
+def charges_of_sites(summary: Summary) -> dict[str, tuple[LedgerEntry, ...]]:
+    """What each site whose ledger lies on this machine was charged for the run, by the sites' names."""
+    folder = _run_folder(summary.run)
+    places = dict(places_of(folder)) if folder is not None else {}
+    found = {site.name: _charged(summary.run, *places[site.name])[1] for site in summary.sites if site.name in places}
+    return {name: entries for name, entries in found.items() if entries}
 
 
 def _fold_of(run: str, results: Path) -> Path | None:

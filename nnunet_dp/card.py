@@ -1,0 +1,273 @@
+"""The privacy card: what a released model guarantees, and what anybody needs to count it again.
+
+``privacy_card.json`` is a closed, versioned schema. Its numbers are those of the ledger, without what would tell of
+other runs: equal charges are added up, and there are no times, no hashes of the chain, no sequence numbers. Its
+sentence is a function of its numbers, so that it cannot say anything else.
+
+>>> charge = CardCharge(purpose="training", mechanism="gaussian", noise_multiplier=5.0, count=3)
+>>> [(row.count, row.noise_multiplier) for row in canonical_charges([charge.charge, charge.charge])]
+[(6, 5.0)]
+
+Formal guarantee:
+    ``miscounted`` finds no fault only where epsilon is that of the card's charges at its delta under the zero-out
+    relation (``accounting.epsilon``), for a federated model the largest of its sites', and where the sentence says
+    these numbers, rounded upwards. Whether the charges are those that were made only the owner of the ledger knows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from nnunet_dp.accounting import which_accountant
+from nnunet_dp.charges import Charge, epsilon_of, events_of
+from nnunet_dp.inference_plans import Plain, Released
+from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT
+
+SAME_VERSION, OTHER_VERSION = 1e-6, 1e-3  # relative; versions of the accountant round differently
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_Delta = Annotated[float, Field(gt=0, lt=1)]
+_Version = Annotated[str, StringConstraints(pattern=r"^[0-9][A-Za-z0-9.+]{0,40}$")]
+_Fold = Annotated[str, StringConstraints(pattern=r"^(all|[0-9]{1,3})$")]
+
+
+class CardCharge(Released):
+    """Releases of one kind and price: a ledger's charges without run, step, place and time."""
+
+    purpose: Plain
+    mechanism: Literal["gaussian", "laplace", "pure_dp"]
+    noise_multiplier: _Positive | None = None
+    epsilon: _Positive | None = None
+    sampling_probability: float = Field(default=1.0, gt=0, le=1)
+    count: int = Field(ge=1)
+
+    @property
+    def charge(self) -> Charge:
+        """For the accountant.
+
+        Raises:
+            ValueError: for numbers that no mechanism has.
+        """
+        return Charge.model_validate(self.model_dump())
+
+
+class FoldRow(Released):
+    """One fold of the model.
+
+    Attributes:
+        fold: its number, or ``all``.
+        charges: releases of the run that trained it.
+        steps: private ones that led to its weights; steps lost in crashes are charged, too.
+    """
+
+    fold: _Fold
+    charges: int = Field(ge=0)
+    steps: int = Field(ge=0)
+
+
+class DatasetRow(Released):
+    """The dataset, for those who have its ledger.
+
+    Attributes:
+        identity: HMAC-SHA256 under a secret that stays beside the ledger; equal for all models of the dataset.
+        epsilon_total: of all runs ever charged on it; None where a run without guarantee was among them.
+    """
+
+    identity: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+    epsilon_total: _Positive | None
+
+
+class SiteRow(Released):
+    """One site of a federated run.
+
+    Attributes:
+        site: a number; names stay with the coordinator.
+        epsilon: spent at its delta.
+        delta: of it.
+        unit: of it.
+        rounds: in which its update was used.
+        counted: from its own ledger, or as the site reported (whose ledger stays there).
+        charges: where counted.
+        epsilon_total: of all runs on its dataset, where counted.
+    """
+
+    site: int = Field(ge=1)
+    epsilon: _Positive
+    delta: _Delta
+    unit: Plain
+    rounds: int = Field(ge=0)
+    counted: Literal["from its ledger", "as reported"]
+    charges: list[CardCharge]
+    epsilon_total: _Positive | None
+
+
+class ClientLevelRow(Released):
+    """The second guarantee of a federated run: a whole site as the unit."""
+
+    epsilon: _Positive
+    delta: _Delta
+    unit: Literal["site"]
+    bound: _Positive
+
+
+class ClipRow(Released):
+    """How each unit's gradient was bounded."""
+
+    rule: Plain
+    constants: dict[Plain, Annotated[float, Field(allow_inf_nan=False)]]
+
+
+class Card(Released):
+    """The content of ``privacy_card.json``; see the module.
+
+    Attributes:
+        schema_version: of this format.
+        claim: ``sentence`` of this card.
+        unit: what one record is.
+        relation: one record is replaced by an empty one.
+        epsilon: of all folds in the archive together; for a federated model the largest of its sites'.
+        delta: of it.
+        dataset: None for federated models.
+        folds: in the archive.
+        charges: all that were made for these folds, canonical; empty for federated models.
+        sites: of a federated model.
+        client_level: of a federated model, where asked for.
+        clip: None for federated models, whose sites may have rules of their own.
+        sampler: who takes part in a training step; None where no site's charges are at hand.
+        accountant: by which epsilon was computed.
+        versions: of the software that exported.
+        public_inputs: what is taken as known to everybody.
+        covers: what epsilon pays for.
+        not_covered: what it does not.
+    """
+
+    schema_version: Literal[1]
+    claim: Plain
+    unit: Plain
+    relation: Literal["zero-out"]
+    epsilon: _Positive
+    delta: _Delta
+    dataset: DatasetRow | None
+    folds: list[FoldRow] = Field(min_length=1)
+    charges: list[CardCharge]
+    sites: list[SiteRow]
+    client_level: ClientLevelRow | None
+    clip: ClipRow | None
+    sampler: Literal["poisson", "full batch"] | None
+    accountant: Plain
+    versions: dict[Literal["nnunet_dp", "dp_accounting", "nnunetv2", "torch"], _Version]
+    public_inputs: list[Plain]
+    covers: list[Plain] = Field(min_length=1)
+    not_covered: list[Plain] = Field(min_length=1)
+
+
+def canonical_charges(charges: Iterable[Charge]) -> list[CardCharge]:
+    """Equal charges added up, in the order of their words and numbers: whoever made them, and when."""
+    counts: Counter[tuple[str, str, float | None, float | None, float]] = Counter()
+    for charge in charges:
+        price = (charge.purpose, charge.mechanism, charge.noise_multiplier, charge.epsilon, charge.sampling_probability)
+        counts[price] += charge.count
+    names = ("purpose", "mechanism", "noise_multiplier", "epsilon", "sampling_probability")
+    rows = sorted(counts.items(), key=lambda item: tuple(map(str, item[0])))
+    return [CardCharge.model_validate({**dict(zip(names, price, strict=True)), "count": n}) for price, n in rows]
+
+
+def sampler_of(rows: Sequence[CardCharge]) -> Literal["poisson", "full batch"] | None:
+    """Who takes part in a step: a Poisson draw, or everybody; None where there are no charges."""
+    if not rows:
+        return None
+    return "poisson" if any(row.sampling_probability < 1 for row in rows) else "full batch"
+
+
+def sentence(card: Card) -> str:
+    """The claim in one sentence, from the card's numbers.
+
+    Args:
+        card: its ``claim`` is not read.
+    """
+    given = ", given the plans" if RAW_FINGERPRINT in card.not_covered else ""
+    what = f"({upwards(card.epsilon)}, {card.delta:g})-differentially private per {card.unit}"
+    if not card.sites:
+        parts = "the averaged weights and the refinement rules of this model"
+        return f"Taken together, {parts} are {what} under the {card.relation} relation{given}."
+    sites = f"for each of its {len(card.sites)} sites" if len(card.sites) > 1 else "for its one site"
+    told = any(row.counted != "from its ledger" for row in card.sites)
+    reported = ", as far as sites reported what they spent" if told else ""
+    adds = "; costs add for a patient known to several sites"
+    return f"This model is {what} under the {card.relation} relation {sites}{given}{reported}{adds}."
+
+
+def upwards(epsilon: float) -> str:
+    """Four digits that promise no more than the number itself.
+
+    >>> upwards(7.96111), upwards(0.5)
+    ('7.962', '0.5')
+    """
+    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
+    return f"{math.ceil(epsilon / unit - 1e-9) * unit:.4g}"
+
+
+# ---- counting again ----------------------------------------------------------------------------------------------
+
+
+def miscounted(card: Card) -> Iterator[str]:
+    """Where a card's epsilon is not that of its charges, or its words are not those of its numbers."""
+    if card.sites:
+        yield from _miscounted_sites(card)
+    else:
+        yield from _other_epsilon("", card.epsilon, card.charges, card.delta, card.accountant)
+        charged = sum(row.count for row in card.charges if row.purpose != "fingerprint")
+        of_folds = sum(row.charges for row in card.folds)
+        if charged != of_folds:
+            yield f"the charges count {charged} releases, the folds {of_folds}: a charge is missing or added"
+        if card.dataset is None or card.clip is None:
+            yield "a model of one dataset should name its identity and its clip rule"
+        elif (card.dataset.epsilon_total or math.inf) < card.epsilon * (1 - SAME_VERSION):
+            yield "the dataset's total is below this model's epsilon"
+    charges = [*card.charges, *(row for site in card.sites for row in site.charges)]
+    if charges != _sorted(card.charges) + [row for site in card.sites for row in _sorted(site.charges)]:
+        yield "the charges are not in their canonical form"
+    if card.sampler != sampler_of(charges):
+        yield f"the sampler should follow the charges ({sampler_of(charges)}), found {card.sampler}"
+    forgotten = sorted({*NOT_COVERED} - {RAW_FINGERPRINT, *card.not_covered})
+    if forgotten:
+        yield f"not_covered leaves out what is never covered: {', '.join(forgotten)}"
+    if card.claim != sentence(card):
+        yield f"the claim should be: {sentence(card)}"
+
+
+def _miscounted_sites(card: Card) -> Iterator[str]:
+    for row in card.sites:
+        if row.counted == "from its ledger":
+            yield from _other_epsilon(f"site {row.site}: ", row.epsilon, row.charges, row.delta, card.accountant)
+        elif row.charges:
+            yield f"site {row.site}: charges are listed, although it only reported what it spent"
+    if card.epsilon != max(row.epsilon for row in card.sites) or card.delta != max(row.delta for row in card.sites):
+        yield "epsilon and delta of a federated model should be the largest of its sites'"
+    if card.charges or card.dataset is not None:
+        yield "a federated model is charged at its sites, not here"
+
+
+def _other_epsilon(
+    whose: str, claimed: float, rows: Sequence[CardCharge], delta: float, accountant: str
+) -> Iterator[str]:
+    try:
+        charges = [row.charge for row in rows]
+        found = epsilon_of(charges, delta)
+    except Exception as error:  # numbers that no mechanism has fail anywhere in an accountant
+        yield f"{whose}the charges cannot be composed ({type(error).__name__})"
+        return
+    tolerance = SAME_VERSION if accountant == which_accountant(events_of(charges), delta) else OTHER_VERSION
+    if not math.isclose(found, claimed, rel_tol=tolerance):
+        yield f"{whose}epsilon {claimed:.6g} is claimed, the charges compose to {found:.6g} at delta {delta:g}"
+
+
+def _sorted(rows: Sequence[CardCharge]) -> list[CardCharge]:
+    try:
+        return canonical_charges(row.charge for row in rows)
+    except ValueError:
+        return list(rows)  # reported where they are composed

@@ -1,0 +1,44 @@
+"""What nnU-Net makes of plans when it predicts: a configuration with what it inherits, and the network's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.nnunet_start import planned_network
+from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
+
+
+def resolved_configuration(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
+    """A configuration with what it inherits from others.
+
+    Raises:
+        UsageRefusal: for a configuration that the plans do not have.
+    """
+    if configuration not in plans["configurations"]:
+        raise UsageRefusal(f"the plans have no configuration {configuration}: is the model's folder complete?")
+    return dict(PlansManager(dict(plans)).get_configuration(configuration).configuration)
+
+
+def network_shapes(
+    plans: Mapping[str, Any], configuration: str, dataset_json: Mapping[str, Any], morphology: bool = False
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all tensors that nnU-Net loads into the network of these plans.
+
+    Args:
+        plans: whose classes are known to be harmless: they are imported and called.
+        configuration: nnU-Net's name.
+        dataset_json: channels and labels.
+        morphology: whether the trainer refines inside the network.
+    """
+    with torch.device("meta"):  # shapes alone, whatever size the plans ask for
+        network = planned_network(dict(plans), configuration, dict(dataset_json))
+        if morphology:
+            heads = PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).num_segmentation_heads
+            dimensions = len(plans["configurations"][configuration]["patch_size"])
+            network = MorphedNetwork(network, SoftMorphology(heads, dimensions, True))
+    return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
