@@ -196,7 +196,7 @@ class ClippedTotal:
         """L2 norms [patients, groups] on the CPU, accumulated in float64, of the first rows of each gradient."""
         squares = torch.stack(
             [
-                sum_.new_zeros(patients) if g is None else g[:patients].flatten(1).double().square().sum(1)
+                sum_.new_zeros(patients) if g is None else _rows(g[:patients]).square().sum(1)
                 for g, sum_ in zip(gradients, self._sums, strict=True)
             ]
         ).cpu()
@@ -214,7 +214,7 @@ class ClippedTotal:
         factors, rows = factors.to(self._sums[0].device), torch.tensor(usable, device=self._sums[0].device)
         for sum_, gradient, group in zip(self._sums, gradients, self._groups.tolist(), strict=True):
             if gradient is not None:  # an unusable row may hold NaN, which no factor of zero removes
-                chosen = gradient.index_select(0, rows).flatten(1).double()
+                chosen = _rows(gradient.index_select(0, rows))
                 sum_ += (factors[group] @ chosen).view_as(sum_)
 
     def result(self) -> ClippedSum:
@@ -228,6 +228,11 @@ def chunks(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
     for _, alike in itertools.groupby(records, lambda record: (record.data.shape, record.data.dtype)):
         while found := list(itertools.islice(alike, size)):
             yield found
+
+
+def _rows(gradient: Tensor) -> Tensor:
+    """[patients, *parameter.shape] -> [patients, numbers] in float64; a parameter may be a single number."""
+    return gradient.reshape(len(gradient), -1).double()
 
 
 def _plain(network: nn.Module) -> nn.Module:

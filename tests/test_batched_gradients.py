@@ -168,10 +168,10 @@ def test_a_patient_whose_gradient_is_not_finite_contributes_nothing(poison):
     net, loss, patients = network("PlainConvUNet", 2), nnunet_loss(), records(2, 3)
     poisoned = Record(torch.full_like(patients[0].data, poison), patients[0].target)
     rule = make_rule("quantile", RULES["quantile"])
-    found = batched(2, net, loss, [patients[1], poisoned, patients[2]], rule)
-    expected = one_at_a_time(net, loss, [patients[1], poisoned, patients[2]], rule)
-    assert_same(found, expected)
-    assert all(torch.isfinite(tensor).all() for tensor in found.tensors)
+    for drawn in ([patients[1], poisoned, patients[2]], [poisoned, patients[1], patients[2]]):
+        found = batched(2, net, loss, drawn, rule)
+        assert_same(found, one_at_a_time(net, loss, drawn, rule))
+        assert all(torch.isfinite(tensor).all() for tensor in found.tensors)
 
 
 def test_a_patient_with_only_ignored_voxels_brings_zero_and_is_counted_as_by_engine_one():
@@ -180,6 +180,19 @@ def test_a_patient_with_only_ignored_voxels_brings_zero_and_is_counted_as_by_eng
     rule = make_rule("quantile", RULES["quantile"])
     for drawn in ([ignored], [patients[1], ignored, patients[2]]):
         assert_same(batched(2, net, loss, drawn, rule), one_at_a_time(net, loss, drawn, rule))
+
+
+@pytest.mark.parametrize("pattern", ["yes no yes", "no no no"])
+def test_a_patient_whose_loss_depends_on_nothing_brings_zero(pattern):
+    net, shape = LAYERS["conv2d"]
+    drawn = [Record(r.data, word) for r, word in zip(tensors_of(3, shape), pattern.split(), strict=True)]
+
+    def loss(output, target):
+        return output.square().mean() if target == "yes" else torch.zeros((), dtype=torch.float64)
+
+    rule = make_rule("quantile", RULES["quantile"])
+    expected = one_at_a_time(net.double(), loss, drawn, rule)
+    assert_same(batched(2, net, loss, drawn, rule), expected)
 
 
 def test_heads_without_weight_get_a_gradient_of_zero():
@@ -252,11 +265,11 @@ def test_under_autocast_gradients_are_float32_and_near_engine_ones():
 
 
 class Scaled(nn.Module):
-    """Uses a parameter outside any layer."""
+    """Uses a parameter outside any layer; two patients' copies of it would fit the layer's output in silence."""
 
     def __init__(self):
         super().__init__()
-        self.layer, self.scale = nn.Linear(5, 3), nn.Parameter(torch.ones(1))
+        self.layer, self.scale = nn.Linear(5, 2), nn.Parameter(torch.ones(()))
 
     def forward(self, images):
         return self.layer(images) * self.scale
@@ -269,6 +282,13 @@ def tied():
     return net
 
 
+def partly_frozen(name):
+    """A layer that learns its weight or its bias alone."""
+    net = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5))
+    net[1].get_parameter(name).requires_grad_(False)
+    return net
+
+
 UNFIT = {
     "a module that was never examined": (Scaled(), (5,), "Scaled"),
     "batch norm": (nn.Sequential(nn.Conv2d(2, 3, 1), nn.BatchNorm2d(3, track_running_stats=False)), (2, 4, 4), "Batch"),
@@ -277,6 +297,8 @@ UNFIT = {
     "groups": (nn.Conv2d(2, 4, 1, groups=2), (2, 4, 4), "groups"),
     "a layer norm": (nn.LayerNorm(5), (5,), "layer_norm"),
     "a learnt slope": (nn.Sequential(nn.Conv2d(2, 3, 1), nn.PReLU()), (2, 4, 4), "prelu"),
+    "a frozen weight": (partly_frozen("weight"), (5,), "its bias is not"),
+    "a frozen bias": (partly_frozen("bias"), (5,), "its bias is not"),
     "one weight in two layers": (tied(), (5,), "past its copies"),
 }
 
@@ -290,13 +312,21 @@ def test_what_engine_two_does_not_know_goes_to_engine_one_with_the_reason_said_o
     assert len(told) == 1 and "engine one" in told[0] and reason in told[0]
 
 
-@pytest.mark.parametrize("name", ["a module that was never examined", "batch norm", "a learnt slope"])
-def test_a_use_of_parameters_that_was_never_examined_is_noticed_without_the_list_of_modules(name, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("a module that was never examined", "parameter 'scale' is used by mul"),
+        ("batch norm", "parameter '1.weight' is used by batch_norm"),
+        ("a learnt slope", "parameter '1.weight' is used by prelu"),
+        ("running statistics", "running statistics"),
+    ],
+)
+def test_a_use_of_parameters_that_was_never_examined_is_noticed_without_the_list_of_modules(name, reason, monkeypatch):
     monkeypatch.setattr(batched_gradients, "refuse_coupling", lambda network: None)
     net, shape, _ = UNFIT[name]
     engine, patients = Batched(2), tensors_of(3, shape)
     found = engine(net.double(), squares, patients, LARGE)
-    assert engine.fallback is not None and "parameter '" in engine.fallback
+    assert engine.fallback is not None and reason in engine.fallback
     assert_same(found, one_at_a_time(net, squares, patients, LARGE))
 
 
