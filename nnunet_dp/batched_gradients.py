@@ -107,7 +107,7 @@ class Batched:
 
     def _refuse_coupling(self, network: nn.Module) -> None:
         try:
-            refuse_coupling(_plain(network))
+            refuse_coupling(plain(network))
         except Refusal as refusal:
             self._fall_back(str(refusal))
 
@@ -152,11 +152,11 @@ class Batched:
 
     def _gradients(self, records: list[Record], task: _Task) -> tuple[list[Tensor | None], list[Tensor]]:
         """Each parameter's gradients [chunk, *parameter.shape], None where no loss depends on it; the losses."""
-        names, parameters = trainable(_plain(task.network))
+        names, parameters = trainable(plain(task.network))
         copies = copies_of(names, parameters, self.chunk)
         images, patches = _filled_up(records, self.chunk), len(records[0].data)
         with task.autocast():
-            output = self._forward(task.network, patches)(_plain(task.network), copies, images)
+            output = self._forward(task.network, patches)(plain(task.network), copies, images)
         outputs = _each_patient(at_least_float32(output), patches)
         values = [task.loss(mine, record.target) for mine, record in zip(outputs, records, strict=False)]
         learnt = [value for value in values if value.requires_grad]  # not where no voxel is labelled
@@ -169,7 +169,7 @@ class Batched:
     def _forward(self, network: nn.Module, patches: int) -> Callable[..., Any]:
         """Watched for the first chunk, and always where nothing is compiled."""
         key = (id(network), patches, network.training)
-        if network is _plain(network) or key not in self._examined:
+        if network is plain(network) or key not in self._examined:
             self._examined.add(key)
             return watched_forward
         if self._compiled is None:
@@ -235,7 +235,7 @@ def _rows(gradient: Tensor) -> Tensor:
     return gradient.reshape(len(gradient), -1).double()
 
 
-def _plain(network: nn.Module) -> nn.Module:
+def plain(network: nn.Module) -> nn.Module:
     """The module that ``torch.compile`` wraps, or the module itself."""
     inner = getattr(network, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else network

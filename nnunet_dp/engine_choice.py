@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nnunet_dp.batched_gradients import Batched, Report
+from nnunet_dp.batched_gradients import Batched, Report, plain
 from nnunet_dp.clipping import ClipRule
 from nnunet_dp.dpsgd import Execution
 from nnunet_dp.errors import UsageRefusal
@@ -102,9 +102,12 @@ def engine_for(budget: EngineBudget, report: Report = lambda sentence: None, set
     if not wish:
         return Timed(budget, report)
     if wish == "one":
+        report(f"engine one, one patient at a time, as {VARIABLE} says")
         return one_at_a_time
-    if name == "two" and (not size or (size.isdecimal() and int(size) > 0)) and not wish.endswith(":"):
-        return Batched(int(size) if size else DEFAULT_CHUNK, report)
+    if wish == "two" or (name == "two" and size.isdecimal() and int(size) > 0):
+        chunk = int(size) if size else DEFAULT_CHUNK
+        report(f"engine two with {chunk} patients in one pass, as {VARIABLE} says")
+        return Batched(chunk, report)
     raise UsageRefusal(f"{VARIABLE} should be one, two or two:CHUNK, found {wish!r}: unset it to choose by timing")
 
 
@@ -136,7 +139,7 @@ class Timed:
             return one_at_a_time(network, loss, (), rule, autocast, watch)
         if self.chosen is None:
             seconds_of = _Stopwatch(network, loss, first, rule, autocast)
-            self.chosen = choose(seconds_of, self._budget, self._report, compiled=hasattr(network, "_orig_mod"))
+            self.chosen = choose(seconds_of, self._budget, self._report, compiled=plain(network) is not network)
         return self.chosen(network, loss, itertools.chain([first], records), rule, autocast, watch)
 
 

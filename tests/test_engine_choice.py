@@ -92,8 +92,10 @@ def test_a_chunk_that_does_not_work_ends_the_search_and_the_last_good_one_stays(
 @pytest.mark.parametrize(("setting", "size"), [("two", DEFAULT_CHUNK), ("two:7", 7), ("two:1", 1)])
 def test_the_environment_names_engine_two(monkeypatch, setting, size):
     monkeypatch.setenv(VARIABLE, setting)
-    engine = engine_for(LONG)
+    told = []
+    engine = engine_for(LONG, told.append)
     assert isinstance(engine, Batched) and engine.chunk == size
+    assert told == [f"engine two with {size} patients in one pass, as {VARIABLE} says"]
 
 
 def test_the_environment_names_engine_one_and_its_absence_means_a_timing(monkeypatch):
