@@ -31,6 +31,7 @@ from nnunet_dp.events import PureDpEvent
 VERSION = 1
 TRAINING = "training"
 MORPHOLOGY = "morphology"
+FINGERPRINT = "fingerprint"
 FIRST_PREVIOUS = "0" * 64
 RESTORE = "restore the file from a backup, or archive model and ledger and start anew; do not continue on it"
 
@@ -48,7 +49,7 @@ class Charge(BaseModel):
     """What is about to be released, in public numbers.
 
     Attributes:
-        purpose: what it is for (``training``, ``morphology``); public, never a name from the data.
+        purpose: what it is for (``training``, ``morphology``, ``fingerprint``); public, never a name from the data.
         mechanism: kind of noise.
         noise_multiplier: noise over sensitivity; gaussian and laplace.
         epsilon: only pure_dp.

@@ -200,6 +200,70 @@ def phantom_command(
     typer.echo(f"Wrote {folder}\nNext: {_after_phantom(folder)}")
 
 
+@app.command("fingerprint")
+def fingerprint_command(
+    dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name, with raw data.")],
+    epsilon: Annotated[float, typer.Option(help="The whole budget, of fingerprint and training together.")] = 8.0,
+    delta: Annotated[
+        float | None, typer.Option(help="Default: 1/(10 patients) as a power of ten, at most 1e-5.")
+    ] = None,
+    share: Annotated[float, typer.Option(help="Share of the budget (of mu^2) for the fingerprint.")] = 0.1,
+    patients: Annotated[
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="CSV of case,patient. Default: the raw data's own."),
+    ] = None,
+    patient_column: Annotated[str | None, typer.Option(help="Column that names the unit. Default: patient.")] = None,
+    phantom: Annotated[str | None, typer.Option(help="Public plans from this kind of phantoms instead.")] = None,
+    phantom_shape: Annotated[str | None, typer.Option(help="Voxels of these phantoms: a public fact.")] = None,
+    from_dataset: Annotated[str | None, typer.Option(help="Public plans of this dataset instead.")] = None,
+    from_plans: Annotated[str, typer.Option(help="Which of its plans.")] = "nnUNetPlans",
+    no_patient_overlap: Annotated[
+        bool, typer.Option("--no-patient-overlap", help="Declare: none of my patients is in that dataset.")
+    ] = False,
+    processes: Annotated[int, typer.Option("-np", min=1, help="Processes that read images.")] = 2,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what was made before.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say where a dataset's plans come from, so that plans and patch sizes tell nothing that was not paid for.
+
+    By itself it makes nnU-Net's dataset_fingerprint.json from noised statistics of the images (spacing, size, CT
+    window), charged to the dataset's ledger; nnUNetv2_plan_experiment then plans as always, and `nnunet-dp plan`
+    gives the training what is left of the budget. Where noise would drown everything, it says from how many patients
+    or which epsilon on it would not, and makes public plans from phantoms, which cost nothing.
+
+    \b
+    Example:
+      nnunet-dp fingerprint -d 4 --epsilon 8
+      nnunet-dp fingerprint -d 4 --phantom hippocampus
+      nnunet-dp fingerprint -d 4 --from-dataset 301 --no-patient-overlap
+    """
+    from nnunet_dp import nnunet_dataset_fingerprint as fingerprints
+
+    if (from_dataset is not None) != no_patient_overlap or (from_dataset and phantom):
+        raise UsageRefusal(
+            "--from-dataset goes with --no-patient-overlap, your declaration that none of your patients is in it, and "
+            "without --phantom"
+        )
+    if from_dataset is not None:
+        made = fingerprints.from_dataset(dataset, from_dataset, from_plans, overwrite)
+    elif phantom is not None:
+        made = fingerprints.from_phantoms(dataset, phantom, _parse_shape(phantom_shape), overwrite=overwrite)
+    else:
+        asked = fingerprints.Asked(
+            dataset, epsilon, delta, share, patients, patient_column, processes, overwrite
+        )  # fmt: skip
+        with _progress("Measuring cases") as progress:
+            made = fingerprints.fingerprint_dataset(asked, progress)
+    if as_json:
+        typer.echo(json.dumps(made.as_dict()))
+        return
+    typer.echo(f"{made.file.name}: {made.reason}")
+    if made.how == "private":
+        typer.echo(f"epsilon {made.epsilon:.4g} at delta {made.delta:g} per {made.unit} by itself, charged")
+    typer.echo("Written." if made.changed else "Nothing changed: it was there already.")
+    typer.echo(f"Next: {made.next_command}")
+
+
 @app.command("plan")
 def plan_command(
     dataset: Annotated[str, typer.Option("-d", "--dataset", help="Dataset id or name.")],

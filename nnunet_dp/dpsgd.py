@@ -55,6 +55,7 @@ class PrivacyPlan:
         units: public number of training slots.
         rule: clip rule of the first step.
         morphology_noise: noise multiplier of the one release that refinement learns from, or None for no release.
+        paid: what was charged for this training before it began: for the fingerprint that its plans follow.
     """
 
     budget: PrivacyBudget
@@ -64,6 +65,7 @@ class PrivacyPlan:
     units: int
     rule: ClipRule
     morphology_noise: float | None = None
+    paid: tuple[Charge, ...] = field(default=(), repr=False)
 
     @property
     def expected_batch(self) -> float:
@@ -99,9 +101,9 @@ class PrivacyPlan:
 
     @property
     def events(self) -> list[DpEvent]:
-        """All planned releases."""
+        """All planned releases, and those before."""
         extra = [self.morphology.event] if self.morphology else []
-        return [SelfComposedDpEvent(self.mechanism.event, self.steps), *extra]
+        return [SelfComposedDpEvent(self.mechanism.event, self.steps), *extra, *(charge.event for charge in self.paid)]
 
     @property
     def epsilon(self) -> float:
@@ -122,7 +124,7 @@ class PrivacyPlan:
 
     def digest(self) -> str:
         """Hash of everything that moves epsilon; written into each charge, compared when a run is resumed."""
-        return hashlib.sha256(repr((1, self)).encode()).hexdigest()
+        return hashlib.sha256(repr((1, self, *self.paid)).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,6 @@ from nnunet_dp.errors import Refusal
 from nnunet_dp.ledger import Receipt
 from nnunet_dp.mechanisms import ClippedSum, SubsampledGaussian, fresh_generator
 
-PURPOSE = "fingerprint"
 SHARE = 0.1  # of mu^2: five percent more noise on the training
 ROUNDED_TO = 1e-3  # what is released, so that nothing hides in the last digits
 AUDIBLE_SHARE = 0.25  # of the patients in one bin should be told from noise

@@ -92,7 +92,7 @@ def learn_for_run(
     assert mechanism is not None
     plan.verify()
     charge = mechanism.charge(MORPHOLOGY, None)
-    total = epsilon_of([*ledger.own_entries, charge], plan.budget.delta)
+    total = epsilon_of([*plan.paid, *ledger.own_entries, charge], plan.budget.delta)
     if total > plan.budget.epsilon and not of_purpose(ledger.own_entries, MORPHOLOGY):  # a second vote: see learn
         raise BudgetRefusal(
             f"learning would lift this run to epsilon {total:.4g}, its target is {plan.budget.epsilon:g}: nothing was "
@@ -130,14 +130,14 @@ def learn_once(
         place(fold.parent, spacing_mm=facts.common_spacing_mm)
         return "Refinement: too few patients for this noise; nothing is asked, nothing charged, all classes left alone."
     files = SegmentationFiles(facts.dataset_json, facts.plans)
-    before = epsilon_of(ledger.own_entries, plan.budget.delta)
+    before = epsilon_of([*plan.paid, *ledger.own_entries], plan.budget.delta)
     found = learn_for_run(
         fold, plan, ledger, ballot, facts.slots, files,
         checkpoint=checkpoint, processes=facts.processes, progress=progress,
     )  # fmt: skip
     dropped = place(fold.parent, spacing_mm=facts.common_spacing_mm)
     note = f" ({PICKLE} for plain nnU-Net leaves out {', '.join(dropped)}: spacings differ)" if dropped else ""
-    after = epsilon_of(ledger.own_entries, plan.budget.delta)
+    after = epsilon_of([*plan.paid, *ledger.own_entries], plan.budget.delta)
     paid = f"charged to this run: epsilon {before:.4g} -> {after:.4g} of {plan.budget.epsilon:g} per {plan.budget.unit}"
     words = "; ".join(f"{label.strip()}: {text}" for label, text in lines(found)[1:])
     return f"Refinement learnt: {words}{note} ({paid})"

@@ -205,6 +205,16 @@ def model_folder(dataset: str, trainer: str, plans: str, configuration: str) -> 
         raise UsageRefusal(f"nnU-Net knows no dataset {dataset!r}") from None
 
 
+def refuse_unpaid_fingerprint(ledger: Path, plan: ConfigurationPlan) -> None:
+    """Refuse plans that follow a fingerprint whose charges the dataset's ledger does not hold.
+
+    Raises:
+        LedgerError: naming it.
+    """
+    if plan.fingerprint is not None:
+        plan.fingerprint.refuse_unpaid(read_ledger(ledger) if ledger.is_file() else ())
+
+
 def configuration_spacing(plans: Mapping[str, Any], configuration: str) -> tuple[float, ...]:
     """Voxel edges of a configuration, in millimetres."""
     return tuple(float(edge) for edge in PlansManager(dict(plans)).get_configuration(configuration).spacing)

@@ -36,8 +36,8 @@ from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.gradients import trainable
 from nnunet_dp.morphology import classes_from
-from nnunet_dp.nnunet_planning import count_parameters, public_facts
-from nnunet_dp.nnunet_public_plans import PublicPlans, default_configuration, plans_from_phantoms
+from nnunet_dp.nnunet_planning import count_parameters
+from nnunet_dp.nnunet_public_plans import PublicPlans, default_configuration, plans_from_phantoms, public_facts
 from nnunet_dp.nnunet_start import Say, ensure_start, planned_network
 from nnunet_dp.phantoms.matching import matching_kinds, resemble
 from nnunet_dp.planning import TRAINING_SHARE, learning_rate, plan_configuration, signal_to_noise
@@ -50,7 +50,6 @@ TRAINER = "nnUNetTrainerDP_Federated"
 STOCK_TRAINER = "nnUNetTrainer"
 FEDERATED = "federated.json"
 SITE_PLANS = "nnUNetPlansFed"
-RAW_FINGERPRINT = "plans_from_raw_fingerprint"
 _BOUND = 0.1  # of a patient's gradient, as ``planning.clip_rules`` has it
 _FEDAVG = {"learning_rate": 0.01, "momentum": 0.99}  # nnU-Net's own SGD
 

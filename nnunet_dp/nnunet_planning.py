@@ -7,12 +7,11 @@ and dataset.json, and the result becomes a plans file that nnU-Net understands.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -24,9 +23,11 @@ from nnunet_dp.attacker import true_positive_rate
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.morphology import classes_from
 from nnunet_dp.nnunet import PATIENTS, file_sha256, find_patients, preprocessed_folder
+from nnunet_dp.nnunet_dataset_fingerprint import Provenance, provenance_of
+from nnunet_dp.nnunet_public_plans import public_facts
 from nnunet_dp.outlook import Outlook, outlook
 from nnunet_dp.patients import Patients, digest
-from nnunet_dp.phantoms.matching import PublicFacts, matching_kinds, resemble
+from nnunet_dp.phantoms.matching import matching_kinds, resemble
 from nnunet_dp.planning import MORPHOLOGY_SHARE, TRAINING_SHARE, plan_configuration
 from nnunet_dp.plans import (
     SECTION,
@@ -38,7 +39,7 @@ from nnunet_dp.plans import (
     write_json,
 )
 from nnunet_dp.report import describe
-from nnunet_dp.sections import NOT_COVERED, ByHand, Compute, ConfigurationPlan, PrivacySection
+from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT, ByHand, Compute, ConfigurationPlan, PrivacySection
 
 DEFAULT_EPSILON = 8.0
 LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range
@@ -213,6 +214,7 @@ class Draft:
     def private(self, facts: DatasetFacts, budget: PrivacyBudget) -> tuple[dict[str, Any], PrivacySection]:
         """The dataset's plans with a private section, in memory."""
         source, dataset_json, patients = facts.plans, facts.dataset_json, facts.patients
+        provenance = provenance_of(facts.folder, source)
         starts = self.public_start and self.public_weights is None  # declared weights are a start by themselves
         manager = PlansManager(source).get_configuration(self.configuration)
         architecture = manager.configuration["architecture"]
@@ -228,6 +230,7 @@ class Draft:
             len(classes_from(dataset_json).classes),
             matching_kinds(public_facts(source, dataset_json)) if starts else (),
             self.by_hand,
+            provenance.fingerprint,
         )
         kept = facts.folder / PATIENTS
         section = PrivacySection(
@@ -236,7 +239,8 @@ class Draft:
             patients_file_sha256=digest(kept) if kept.is_file() else None,
             source_plans=source["plans_name"],
             public_weights_sha256=file_sha256(self.public_weights) if self.public_weights else None,
-            not_covered=NOT_COVERED,
+            public_plans=provenance.public,
+            not_covered=tuple(what for what in NOT_COVERED if what != RAW_FINGERPRINT or provenance == Provenance()),
             configurations={self.configuration: plan},
         )
         shrunk = {self.configuration: shrunk_architecture(architecture, plan.network.features_per_stage)}
@@ -271,21 +275,6 @@ def self_configured(plans: dict[str, Any], configuration: str, dataset_json: dic
     budget = PrivacyBudget(epsilon=DEFAULT_EPSILON, delta=default_delta(patients.number), unit=patients.unit)
     draft = Draft(plans["dataset_name"], configuration, public_start=False)
     return draft.private(DatasetFacts(folder, plans, dataset_json, patients), budget)[0]
-
-
-def public_facts(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> PublicFacts:
-    """What decides which phantoms resemble a dataset, from its plans and its dataset.json."""
-    schemes = next(iter(plans["configurations"].values())).get("normalization_schemes", ())
-    shape = plans.get("original_median_shape_after_transp", ())
-    values = {int(v) for label in dataset_json["labels"].values() for v in np.atleast_1d(label)}
-    ignored = {dataset_json["labels"]["ignore"]} if "ignore" in dataset_json["labels"] else set()
-    return PublicFacts(
-        dimensions=2 if len(shape) == 3 and round(shape[0]) == 1 else 3,
-        channels=len(dataset_json.get("channel_names", dataset_json.get("modality", {}))),
-        calibrated="CTNormalization" in schemes,
-        classes=len(values - {0} - ignored),
-        regions=bool(PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).has_regions),
-    )
 
 
 def _refuse_configuration(plans: dict[str, Any], configuration: str) -> None:

@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.nnunet_planning import public_facts
 from nnunet_dp.phantoms import KINDS, write_dataset
 from nnunet_dp.phantoms.matching import SHAPES, PublicFacts, find_kind, matching_kinds
 from nnunet_dp.plans import write_json
@@ -68,6 +69,21 @@ def described_facts(dataset_json: Mapping[str, Any]) -> PublicFacts:
         "configurations": {"any": {"normalization_schemes": [get_normalization_scheme(n).__name__ for n in names]}},
     }
     return public_facts(stand_in, dataset_json)
+
+
+def public_facts(plans: Mapping[str, Any], dataset_json: Mapping[str, Any]) -> PublicFacts:
+    """What decides which phantoms resemble a dataset, from its plans and its dataset.json."""
+    schemes = next(iter(plans["configurations"].values())).get("normalization_schemes", ())
+    shape = plans.get("original_median_shape_after_transp", ())
+    values = {int(v) for label in dataset_json["labels"].values() for v in np.atleast_1d(label)}
+    ignored = {dataset_json["labels"]["ignore"]} if "ignore" in dataset_json["labels"] else set()
+    return PublicFacts(
+        dimensions=2 if len(shape) == 3 and round(shape[0]) == 1 else 3,
+        channels=len(dataset_json.get("channel_names", dataset_json.get("modality", {}))),
+        calibrated="CTNormalization" in schemes,
+        classes=len(values - {0} - ignored),
+        regions=bool(PlansManager(dict(plans)).get_label_manager(dict(dataset_json)).has_regions),
+    )
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization import get_normalization_scheme
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
@@ -28,7 +30,6 @@ from torch import Tensor, nn
 from nnunet_dp import nnunet
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.admission import refuse_coupling
-from nnunet_dp.charges import LedgerEntry
 from nnunet_dp.dpsgd import Execution, RecordsOf
 from nnunet_dp.engine_choice import execution_for
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -40,11 +41,13 @@ from nnunet_dp.gradients import trainable
 from nnunet_dp.ledger import read_ledger
 from nnunet_dp.loading import PatientLoader
 from nnunet_dp.nnunet_planning import build_network
+from nnunet_dp.nnunet_public_plans import channel_names
 from nnunet_dp.patients import Patients, digest
 from nnunet_dp.plans import read_section, without_patients_digest, write_json
 from nnunet_dp.run import LEDGER
-from nnunet_dp.sections import ConfigurationPlan
+from nnunet_dp.sections import ConfigurationPlan, FingerprintPlan
 from nnunet_dp.splits import fold_slots
+from nnunet_dp.unusable import EmptyWhereUnusable
 from nnunet_dp.workers import in_order
 
 Case = tuple[str, list[str], str]
@@ -53,6 +56,24 @@ _FOREGROUND = 0.33  # nnU-Net's oversample_foreground_percent
 
 
 # ---- preparation -------------------------------------------------------------------------------------------------
+
+
+def refuse_other_reading(plans: dict[str, Any], configuration: str, dataset_json: dict[str, Any]) -> None:
+    """Refuse plans that read or normalise images otherwise than nnU-Net does by the site's own description.
+
+    Whether a reader or a normalisation fails on an image says something about it; a coordinator may not choose which.
+
+    Raises:
+        Refusal: naming what differs.
+    """
+    reader = determine_reader_writer_from_dataset_json(dict(dataset_json), verbose=False).__name__
+    schemes = [get_normalization_scheme(name).__name__ for name in channel_names(dataset_json)]
+    asked = plans["configurations"][configuration]["normalization_schemes"]
+    if plans["image_reader_writer"] != reader or asked != schemes:
+        raise Refusal(
+            f"the coordinator's plans should read with {reader} and normalise by {schemes}, as the description of this "
+            f"dataset says, found {plans['image_reader_writer']} and {asked}"
+        )
 
 
 def preprocess(plans: dict[str, Any], configuration: str, raw: Path, folder: Path, processes: int) -> None:
@@ -124,14 +145,9 @@ def site_plans(
     with torch.device("meta"):
         network = build_network(plans, terms.configuration, dataset_json, architecture, initialised=False)
     parameters = sum(parameter.numel() for parameter in trainable(network)[1])
-    paid = [entry.event for entry in charged_for_fingerprint(folder / LEDGER, terms.run)]
-    return private_plans(plans, terms, budget, patients.number, sha256, parameters, paid)
-
-
-def charged_for_fingerprint(ledger: Path, run: str) -> list[LedgerEntry]:
-    """What a run was charged before its training, by the dataset's ledger."""
-    entries = read_ledger(ledger) if ledger.is_file() else ()
-    return [entry for entry in entries if entry.run == fingerprint_run(run)]
+    charged = read_ledger(folder / LEDGER) if (folder / LEDGER).is_file() else ()
+    fingerprint = FingerprintPlan.of(fingerprint_run(terms.run), charged)
+    return private_plans(plans, terms, budget, patients.number, sha256, parameters, fingerprint)
 
 
 def find_units(settings: SiteSettings, folder: Path) -> Patients:
@@ -224,7 +240,8 @@ def open_model(
     configured = manager.get_configuration(configuration)
     network = _network(plans, configuration, dataset_json, configured).to(device)
     data = nnunet.configuration_folder(folder, plans, configuration)
-    source = _patch_source(data, cases, manager.get_label_manager(dataset_json), configured, plan)
+    channels = len(channel_names(dataset_json))
+    source = _patch_source(data, cases, manager.get_label_manager(dataset_json), configured, plan, channels)
     return SiteModel(
         network=network,
         loss=_loss(manager.get_label_manager(dataset_json), configured),
@@ -276,9 +293,10 @@ def _loss(labels: Any, configured: ConfigurationManager) -> Callable[[Any, Any],
 
 
 def _patch_source(
-    data: Path, cases: Iterable[str], labels: Any, configured: ConfigurationManager, plan: ConfigurationPlan
-) -> nnunet.PatchSource:
-    """nnU-Net's cropping without augmentation, as the trainers' where the plan says none."""
+    data: Path, cases: Iterable[str], labels: Any, configured: ConfigurationManager, plan: ConfigurationPlan,
+    channels: int,
+) -> EmptyWhereUnusable:
+    """nnU-Net's cropping without augmentation, as the trainers' where the plan says none; it never fails."""
     cases = list(cases)
     dataset_class: Any = infer_dataset_class(str(data))
     nnunet.refuse_missing(dataset_class, data, cases)
@@ -287,7 +305,11 @@ def _patch_source(
     transforms = nnUNetTrainer.get_validation_transforms(
         _scales(configured), False, labels.foreground_labels, regions, labels.ignore_label
     )
-    patch = configured.patch_size
-    return nnunet.PatchSource(
-        dataset_class(str(data), cases), plan.patches_per_patient, patch, patch, labels, _FOREGROUND, transforms
-    )
+    patch, count = tuple(configured.patch_size), plan.patches_per_patient
+    source = nnunet.PatchSource(dataset_class(str(data), cases), count, patch, patch, labels, _FOREGROUND, transforms)
+    scales = _scales(configured) or [[1.0] * len(patch)]
+    depth = len(labels.foreground_regions) if labels.has_regions else 1
+    targets = tuple((count, depth, *np.round(np.multiply(patch, scale)).astype(int).tolist()) for scale in scales)
+    ignored = [] if labels.ignore_label is None else [labels.ignore_label]
+    known = None if labels.has_regions else {0, *labels.foreground_labels, *ignored}
+    return EmptyWhereUnusable(source, (count, channels, *patch), targets, known)

@@ -30,7 +30,8 @@ from nnunet_dp import randomisation
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.forecast import machine_memory_bytes, measure
 from nnunet_dp.nnunet import autocast, file_sha256, model_folder, preprocessed_folder
-from nnunet_dp.nnunet_planning import PlanReport, build_network, public_facts
+from nnunet_dp.nnunet_planning import PlanReport, build_network
+from nnunet_dp.nnunet_public_plans import public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
 from nnunet_dp.planning import TRAINING_SHARE

@@ -15,6 +15,8 @@ Gaussian-DP parameter that the budget buys. So
 - a public start: what phantoms teach need not be learnt through noise (``public_start``), and few steps remain;
 - normalised gradients carry no information in their length late in training: no momentum, and a weight average over the
   last steps instead of a long tail at a small learning rate;
+- a private fingerprint, where the plans follow one, was charged before (``fingerprint``); the noise of the training is
+  calibrated with it, too;
 - what refinement learns from the masks (``shape_votes``) is one full-batch Gaussian beside the training. Its share of
   the budget is a share of mu^2, in which full-batch Gaussians add (``morphology``); the training's noise is calibrated
   with it, so that both together cost the target.
@@ -41,6 +43,7 @@ from nnunet_dp.sections import (
     ByHand,
     Compute,
     ConfigurationPlan,
+    FingerprintPlan,
     MorphologyPlan,
     NetworkPlan,
     PublicStart,
@@ -204,6 +207,7 @@ def plan_configuration(
     classes: int = 1,
     phantom_kinds: tuple[str, ...] = (),
     by_hand: ByHand = ByHand(),  # noqa: B008 (frozen)
+    fingerprint: FingerprintPlan | None = None,
 ) -> ConfigurationPlan:
     """The private training of one configuration, calibrated to the budget.
 
@@ -219,6 +223,7 @@ def plan_configuration(
         classes: foreground classes or regions.
         phantom_kinds: that resemble the dataset, for the public start; none for random weights.
         by_hand: what the user set in place of a rule.
+        fingerprint: that was charged for these plans; the training gets what it left.
 
     Raises:
         UsageRefusal: for settings that this network cannot have.
@@ -235,7 +240,7 @@ def plan_configuration(
     patches = own("patches_per_patient", patches_per_patient(patch_size, image_shape))
     q = own("sampling_probability", sampling_probability(patients, step_count, patches, compute))
     refinement = morphology(budget, morphology_share, patients, classes)
-    noise = calibrate(lambda z: _composed(z, q, step_count, refinement), budget)
+    noise = calibrate(lambda z: _composed(z, q, step_count, refinement, fingerprint), budget)
     return ConfigurationPlan(
         steps=step_count,
         sampling_probability=q,
@@ -251,11 +256,18 @@ def plan_configuration(
         morphology=refinement,
         start=public_start(phantom_kinds, patch_size, compute) if phantom_kinds else None,
         by_hand=by_hand.names,
+        fingerprint=fingerprint,
     )
 
 
-def _composed(noise_multiplier: float, q: float, count: int, refinement: MorphologyPlan | None) -> DpEvent:
+def _composed(
+    noise_multiplier: float,
+    q: float,
+    count: int,
+    refinement: MorphologyPlan | None,
+    fingerprint: FingerprintPlan | None = None,
+) -> DpEvent:
     training = SelfComposedDpEvent(SubsampledGaussian(noise_multiplier, q).event, count)
-    if refinement is None:
-        return training
-    return ComposedDpEvent([training, SubsampledGaussian(refinement.noise_multiplier).event])
+    beside = [SubsampledGaussian(refinement.noise_multiplier).event] if refinement else []
+    beside += [fingerprint.charge.event] if fingerprint else []
+    return ComposedDpEvent([training, *beside]) if beside else training

@@ -12,7 +12,7 @@ from typing import Any
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerEntry, epsilon_of
-from nnunet_dp.sections import MorphologyPlan, PrivacySection, covered
+from nnunet_dp.sections import FingerprintPlan, MorphologyPlan, PrivacySection, covered, not_covered
 
 _CASE_NOTE = (
     "no patients.csv says whose case each case is, so the unit is one case; a patient with several cases is protected "
@@ -34,11 +34,12 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
         ("expected batch", batch),
         ("noise multiplier", f"{plan.noise_multiplier:.4g}"),
         ("morphology", _learning(plan.morphology)),
+        ("plans from", _source(section, plan.fingerprint)),
         ("network", f"{list(plan.network.features_per_stage)} features, {plan.network.parameters} parameters"),
         ("public start", plan.start.describe() if plan.start else "none: random weights"),
         *([("SET BY HAND", f"{', '.join(plan.by_hand)} (noise calibrated to the target)")] if plan.by_hand else []),
         ("covers", "; ".join(covered(section, configuration))),
-        ("NOT covered", "; ".join(section.not_covered)),
+        ("NOT covered", "; ".join(not_covered(section, configuration))),
         *([("NOTE", _CASE_NOTE)] if budget.unit == "case" else []),
     ]
 
@@ -47,6 +48,12 @@ def _learning(plan: MorphologyPlan | None) -> str:
     if plan is None:
         return "nothing is learnt for refinement (not wanted, or too few patients): all of the budget to the training"
     return f"{plan.share:.0%} of the budget (as mu^2) for one release, noise multiplier {plan.noise_multiplier:.4g}"
+
+
+def _source(section: PrivacySection, fingerprint: FingerprintPlan | None) -> str:
+    if fingerprint is not None:
+        return f"a noised fingerprint, noise multiplier {fingerprint.noise_multiplier:.4g}, charged before the training"
+    return section.public_plans or "nnU-Net's fingerprint of the raw images, which the guarantee does NOT cover"
 
 
 def banner(

@@ -78,6 +78,7 @@ class RunFolder:
         keep: Path | None = None,
         unit: str = "patient",
         units: str = FIRST_PREVIOUS,
+        label: str = "",
     ) -> Ledger:
         """Open the ledger for a new run; an older run in the folder is archived.
 
@@ -87,6 +88,7 @@ class RunFolder:
             units: digest of the table of units.
             continuing: whether the user asked to continue (``--c``), though no checkpoint was found.
             keep: a file of this process in the folder that stays (its log).
+            label: public, the beginning of the run's own part of its name.
 
         Raises:
             Refusal: when continuing was asked and the ledger shows that a run was begun here.
@@ -97,7 +99,7 @@ class RunFolder:
                 f"--c was given and the ledger holds charges of {self.name}, but its {LATEST} is missing: put the "
                 "checkpoint back, or start a new run without --c (the old charges stay)"
             )
-        run = f"{self.name}/{secrets.token_hex(8)}"
+        run = f"{self.name}/{label}{secrets.token_hex(8)}"
         ledger = Ledger(self.dataset_ledger, run, plan, self.folder / LEDGER, unit, units)
         self.archived = self._archive(keep)
         return ledger

@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from nnunet_dp.accounting import ACCOUNTANT, PrivacyBudget
+from nnunet_dp.charges import FINGERPRINT, Charge, LedgerEntry, LedgerError
 from nnunet_dp.clipping import ClipRule, make_rule
 from nnunet_dp.dpsgd import PrivacyPlan, Schedule
 from nnunet_dp.errors import UsageRefusal
@@ -51,6 +52,55 @@ class MorphologyPlan(_Frozen):
 
     share: float = Field(gt=0, lt=1)
     noise_multiplier: float = Field(gt=0)
+
+
+class FingerprintPlan(_Frozen):
+    """The noised fingerprint that the plans follow: charged before the training, which keeps within what is left.
+
+    Attributes:
+        run: its name in the dataset's ledger.
+        noise_multiplier: noise over L2 sensitivity, on all patients.
+        count: charges; more than one where a crash lost a release.
+    """
+
+    run: str
+    noise_multiplier: float = Field(gt=0)
+    count: int = Field(default=1, ge=1)
+
+    @property
+    def charge(self) -> Charge:
+        """Its price."""
+        return Charge(
+            purpose=FINGERPRINT, mechanism="gaussian", noise_multiplier=self.noise_multiplier, count=self.count
+        )
+
+    @classmethod
+    def of(cls, run: str, entries: Iterable[LedgerEntry]) -> FingerprintPlan | None:
+        """What a dataset's ledger holds of that name; None for nothing.
+
+        Raises:
+            LedgerError: for releases of different prices, which are not those of one fingerprint.
+        """
+        mine = [entry for entry in entries if entry.run == run]
+        if not mine:
+            return None
+        prices = {entry.noise_multiplier for entry in mine}
+        if len(prices) > 1 or any(entry.purpose != FINGERPRINT for entry in mine):
+            raise LedgerError(f"the ledger holds different charges under {run}: start with a new fingerprint")
+        (noise,) = prices
+        return cls(run=run, noise_multiplier=noise or 0.0, count=sum(entry.count for entry in mine))
+
+    def refuse_unpaid(self, entries: Iterable[LedgerEntry]) -> None:
+        """Refuse where the dataset's ledger does not hold these charges.
+
+        Raises:
+            LedgerError: naming the run.
+        """
+        if FingerprintPlan.of(self.run, entries) != self:
+            raise LedgerError(
+                f"the plans follow the fingerprint {self.run}, and the dataset's ledger holds other charges of it: put "
+                "the ledger back from a backup, or plan again"
+            )
 
 
 class PublicStart(_Frozen):
@@ -98,6 +148,12 @@ class ConfigurationPlan(_Frozen):
     morphology: MorphologyPlan | None = None
     start: PublicStart | None = None
     by_hand: tuple[str, ...] = ()
+    fingerprint: FingerprintPlan | None = None
+
+    @property
+    def paid(self) -> tuple[Charge, ...]:
+        """What was charged before the training."""
+        return (self.fingerprint.charge,) if self.fingerprint else ()
 
     def privacy_plan(self, budget: PrivacyBudget, rule: str, units: int) -> PrivacyPlan:
         """What moves epsilon, for a fold with that public number of training slots."""
@@ -109,6 +165,7 @@ class ConfigurationPlan(_Frozen):
             units=units,
             rule=self.clip_rules[rule].rule(rule),
             morphology_noise=self.morphology.noise_multiplier if self.morphology else None,
+            paid=self.paid,
         )
 
     def patches(self, units: int) -> tuple[float, int]:
@@ -171,7 +228,7 @@ class ByHand(_Frozen):
         return ruled if mine is None else mine
 
 
-_LATER: dict[str, Any] = {"start": None, "by_hand": []}  # fields that plans gained after the first runs
+_LATER: dict[str, Any] = {"start": None, "by_hand": [], "fingerprint": None}  # gained after the first runs
 
 
 def as_first_written(plan: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,6 +246,7 @@ class PrivacySection(_Frozen):
     source_plans: str
     accountant: str = ACCOUNTANT
     public_weights_sha256: str | None = Field(default=None, description="declared public -pretrained_weights, if any")
+    public_plans: str | None = Field(default=None, description="what the source plans were made from, if not private")
     covers: tuple[str, ...] = ("training of the network weights",)
     not_covered: tuple[str, ...]
     configurations: dict[str, ConfigurationPlan]
@@ -200,8 +258,9 @@ class PrivacySection(_Frozen):
         return self
 
 
+RAW_FINGERPRINT = "plans_from_raw_fingerprint"  # epsilon of training *given the plans*
 NOT_COVERED = (
-    "plans_from_raw_fingerprint",  # epsilon of training *given the plans*
+    RAW_FINGERPRINT,
     "validation_results_logs_and_everything_else_in_the_model_folder",
     "floating_point_gaussian_from_a_non_cryptographic_generator",  # Mironov 2012
     "choosing_between_models_by_their_validation_results",  # nnUNetv2_find_best_configuration, for one
@@ -210,8 +269,21 @@ NOT_COVERED = (
 )
 
 
+def not_covered(section: PrivacySection, configuration: str) -> tuple[str, ...]:
+    """What the epsilon of one configuration leaves out, whatever the section leaves unsaid."""
+    plan = section.configurations.get(configuration)
+    mended = section.public_plans is not None or (plan is not None and plan.fingerprint is not None)
+    standing = {what for what in NOT_COVERED if not (mended and what == RAW_FINGERPRINT)}
+    return tuple(sorted({*standing, *section.not_covered}))
+
+
 def covered(section: PrivacySection, configuration: str) -> tuple[str, ...]:
     """What the epsilon of one configuration pays for."""
     plan = section.configurations.get(configuration)
     learns = plan is not None and plan.morphology is not None
-    return (*section.covers, *(("refinement rules learnt in the run (morphology.json)",) if learns else ()))
+    follows = plan is not None and plan.fingerprint is not None
+    return (
+        *section.covers,
+        *(("refinement rules learnt in the run (morphology.json)",) if learns else ()),
+        *(("the plans, which follow a noised fingerprint",) if follows else ()),
+    )

@@ -25,11 +25,12 @@ from nnunet_dp.charges import (
     steps_wasted,
 )
 from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.federated.site_store import released_without_guarantee
 from nnunet_dp.ledger import read_copy, read_ledger
 from nnunet_dp.morphology import FILE, read_morphology
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.run import FINAL, LATEST, LEDGER, read_checkpoint
-from nnunet_dp.sections import NOT_COVERED, PrivacySection, covered
+from nnunet_dp.sections import PrivacySection, covered, not_covered
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Status:
         steps_wasted: steps charged again because a crash lost them.
         patients: units in the dataset.
         entries: number of the run's ledger lines.
+        finished: whether the training is.
+        released_without_guarantee: whether the dataset was used without any guarantee, so that no total is claimed.
     """
 
     run: str
@@ -64,6 +67,7 @@ class Status:
     patients: int
     entries: int
     finished: bool
+    released_without_guarantee: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -75,6 +79,8 @@ class Status:
         total = "unknown: the dataset's ledger is not at hand (set nnUNet_preprocessed)"
         if self.epsilon_dataset_total is not None:
             total = f"epsilon {self.epsilon_dataset_total:.4g} {per} by all runs on this dataset"
+        if self.released_without_guarantee:
+            total = "no total: it was used WITHOUT ANY GUARANTEE too (fedavg, paper); the epsilon is of this run alone"
         wasted = f", {self.steps_wasted} lost in crashes and charged" if self.steps_wasted else ""
         return [
             ("run", self.run),
@@ -132,7 +138,8 @@ def read_status(folder: Path) -> Status:
     paid = [(entry.run, entry.sequence) for entry in of_purpose(mine, MORPHOLOGY)]
     if (folder / FILE).is_file() and read_morphology(folder / FILE).paid_by not in (None, *paid):
         raise Refusal(f"{FILE} in {folder.name} was learnt from masks, but no charge paid for it: put {LEDGER} back")
-    return _status(section, configuration, mine, dataset, taken)
+    free = released_without_guarantee(*_dataset_folders(content["dataset_name"]), folder.parent.parent)
+    return _status(section, configuration, mine, dataset, taken, free)
 
 
 def _run_entries(
@@ -156,10 +163,15 @@ def _proved(folder: Path) -> tuple[int, int | None]:
     return (int(read_checkpoint(latest)["private"]["step"]) if latest.is_file() else 0), None
 
 
-def _dataset_entries(dataset: str) -> tuple[LedgerEntry, ...] | None:
+def _dataset_folders(dataset: str) -> list[Path]:
+    """The dataset's preprocessed folder, where that is known."""
     base = os.environ.get("nnUNet_preprocessed")
-    file = Path(base) / dataset / LEDGER if base else None
-    return read_ledger(file) if file is not None and file.is_file() else None
+    return [Path(base) / dataset] if base else []
+
+
+def _dataset_entries(dataset: str) -> tuple[LedgerEntry, ...] | None:
+    files = [folder / LEDGER for folder in _dataset_folders(dataset)]
+    return read_ledger(files[0]) if files and files[0].is_file() else None
 
 
 def _status(
@@ -168,20 +180,23 @@ def _status(
     mine: tuple[LedgerEntry, ...],
     dataset: tuple[LedgerEntry, ...] | None,
     taken: int | None,
+    free: bool,
 ) -> Status:
     """Steps taken come from the finished checkpoint, before that from the ledger: a lost step may never be repeated."""
     plan, budget = configuration_plan(section, configuration), section.budget
+    if plan.fingerprint and dataset is not None:
+        plan.fingerprint.refuse_unpaid(dataset)
     return Status(
         run=mine[-1].run if mine else "no charge yet",
-        epsilon_spent=epsilon_of(mine, budget.delta),
+        epsilon_spent=epsilon_of([*plan.paid, *mine], budget.delta) if mine else 0.0,
         epsilon_target=budget.epsilon,
-        epsilon_dataset_total=None if dataset is None else epsilon_of(dataset, budget.delta),
+        epsilon_dataset_total=None if dataset is None or free else epsilon_of(dataset, budget.delta),
         delta=budget.delta,
         unit=mine[-1].unit if mine else budget.unit,
         relation=budget.relation,
         accountant=which_accountant(events_of(mine), budget.delta),
         covers=covered(section, configuration),
-        not_covered=tuple(sorted({*NOT_COVERED, *section.not_covered})),
+        not_covered=not_covered(section, configuration),
         steps_done=steps_done(mine) if taken is None else taken,
         steps_planned=plan.steps,
         steps_wasted=steps_wasted(mine) if taken is None else steps_charged(mine) - taken,
@@ -190,4 +205,5 @@ def _status(
         patients=section.patients,
         entries=len(mine),
         finished=taken is not None,
+        released_without_guarantee=free,
     )

@@ -204,7 +204,8 @@ def test_votes_are_added_and_noise_with_them(tmp_path):
     said = []
     voters = Voters(*(Voter(name, {VOTES: np.full(NUMBERS, float(k))}) for k, name in enumerate("abc", 1)))
     result = Survey(config(), voters, tmp_path, said.append).run()
-    assert read_result(tmp_path) == result and set(result.votes) == {6.0} and set(result.deltas) == {"a", "b", "c"}
+    assert read_result(tmp_path) == result and set(result.votes) == {6.0}
+    assert set(result.claims) == set(result.sites) == {"a", "b", "c"}
     ballot = ballot_for(DATASET)
     one = mechanism_for(PrivacyBudget(epsilon=8.0, delta=1e-5), SHARE).noise_multiplier * ballot.l2_bound
     assert result.deviation(ballot, 8.0, SHARE) == pytest.approx(one * np.sqrt(3))
@@ -229,7 +230,7 @@ def test_a_site_without_a_usable_answer_is_named_and_can_be_gone_on_without(tmp_
         Survey(config(), Voters(Voter("a"), Voter("b"), bad), tmp_path, said.append).run()
     assert not (tmp_path / RESULT).exists() and any(why in line for line in said)
     result = Survey(config(go_on_without=True), Voters(Voter("a"), Voter("b"), bad), tmp_path, said.append).run()
-    assert set(result.deltas) == {"a", "b"} and set(result.votes) == {2.0}
+    assert set(result.claims) == {"a", "b"} and set(result.votes) == {2.0}
 
 
 # ---- plans -------------------------------------------------------------------------------------------------------
@@ -257,20 +258,22 @@ def test_plans_follow_what_the_patients_have_and_a_broken_survey_goes_on_with_it
         runs.append(survey.run)
         if len(runs) == 1:
             raise KeyboardInterrupt
-        deltas, epsilons = {"a": 1e-5, "b": 1e-5}, {"a": 2.0, "b": 2.1}
-        told = {"votes": votes.tolist(), "deltas": deltas, "epsilons": epsilons}
+        claims = {name: {"epsilon": e, "delta": 1e-5, "unit": "patient"} for name, e in (("a", 2.0), ("b", 2.1))}
+        told = {"votes": votes.tolist(), "sites": ["a", "b"], "claims": claims}
         (place / RESULT).write_text(json.dumps(told))
 
     given = (options(), DATASET, Sites(2, 200), (), ask)
     with pytest.raises(KeyboardInterrupt):
         plans_by_survey(tmp_path, Sites(2, 200), *given)
     assert read_begun(tmp_path, Sites) == (Sites(2, 200), options())  # as typed, enums and tuples included
-    found, run = plans_by_survey(tmp_path, Sites(2, 200), *given)
+    surveyed = plans_by_survey(tmp_path, Sites(2, 200), *given)
+    found, run = surveyed.plans, surveyed.run
+    assert surveyed.claims["b"].epsilon == 2.1
     assert runs == [run, run] and found.public and "epsilon 2.1 by itself" in found.source
     whole = found.plans["configurations"]["3d_fullres"]
     assert whole["spacing"] == pytest.approx([3.0, 0.8, 0.8], rel=0.06) and len(set(whole["spacing"])) == 2
     assert whole["median_image_size_in_voxels"] == pytest.approx([40, 400, 400], rel=0.12)
-    assert plans_by_survey(tmp_path, Sites(2, 200), *given)[1] == run and len(runs) == 2
+    assert plans_by_survey(tmp_path, Sites(2, 200), *given).run == run and len(runs) == 2
 
 
 def test_a_survey_without_guarantee_says_so(tmp_path):
@@ -278,9 +281,9 @@ def test_a_survey_without_guarantee_says_so(tmp_path):
                                             | {f"size_{axis}": 64.0 for axis in range(3)}])  # fmt: skip
 
     def ask(file, place):
-        told = {"votes": votes.tolist(), "deltas": {"a": 0.0}, "epsilons": {"a": 0.0}}
+        told = {"votes": votes.tolist(), "sites": ["a"], "claims": {}}
         (place / RESULT).write_text(json.dumps(told))
 
     free = options(schedule=Schedule(Mode.fedavg, rounds=3))
-    found, _ = plans_by_survey(tmp_path, Sites(1, 50), free, DATASET, Sites(1, 50), (), ask)
+    found = plans_by_survey(tmp_path, Sites(1, 50), free, DATASET, Sites(1, 50), (), ask).plans
     assert not found.public and found.source == "exact statistics of the images of 1 sites"

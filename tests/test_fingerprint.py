@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunet_dp.accounting import PrivacyBudget, gaussian_mu
-from nnunet_dp.charges import epsilon_of
+from nnunet_dp.charges import FINGERPRINT, epsilon_of
 from nnunet_dp.errors import Refusal
 from nnunet_dp.fingerprint import (
-    PURPOSE,
     ROUNDED_TO,
     Ballot,
     as_nnunet,
@@ -63,7 +62,7 @@ def test_the_noise_is_what_the_charge_says(tmp_path):
     """Two hundred releases: their deviation is within 3 %, and noise of half or double the size would not be."""
     mechanism = mechanism_for(BUDGET, 0.1)
     ledger = Ledger(tmp_path / "privacy_ledger.jsonl", "fingerprint/0a", "0a")
-    receipt = ledger.charge(mechanism.charge(PURPOSE, step=None, count=200))
+    receipt = ledger.charge(mechanism.charge(FINGERPRINT, step=None, count=200))
     zero = np.zeros(BALLOT.size)
     drawn = np.array([release(BALLOT, zero, mechanism, receipt) for _ in range(200)])
     expected = mechanism.noise_multiplier * math.sqrt(11)
@@ -77,7 +76,7 @@ def test_the_noise_is_what_the_charge_says(tmp_path):
 def test_the_price_is_the_share_of_the_budget():
     mechanism = mechanism_for(BUDGET, 0.1)
     assert 1 / mechanism.noise_multiplier == pytest.approx(math.sqrt(0.1) * gaussian_mu(BUDGET))
-    ten = [mechanism.charge(PURPOSE, step=None)] * 10  # ten tenths of mu^2 are the whole budget
+    ten = [mechanism.charge(FINGERPRINT, step=None)] * 10  # ten tenths of mu^2 are the whole budget
     assert epsilon_of(ten, BUDGET.delta) == pytest.approx(8.0, rel=0.01)
 
 

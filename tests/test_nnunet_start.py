@@ -17,7 +17,8 @@ from nnunet_dp.cli import main
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger, read_ledger
 from nnunet_dp.nnunet import find_patients
-from nnunet_dp.nnunet_planning import plan_dataset, public_facts
+from nnunet_dp.nnunet_planning import plan_dataset
+from nnunet_dp.nnunet_public_plans import public_facts
 from nnunet_dp.nnunet_start import adopt, draw, ensure_start, planned_loss, planned_network, pretrain
 from nnunet_dp.phantoms.matching import PublicFacts
 from nnunet_dp.public_start import FOLDER, PROVENANCE

@@ -150,7 +150,7 @@ def test_the_json_holds_the_promised_keys_and_survives_json(fold):
         "epsilon_spent epsilon_target epsilon_dataset_total delta unit relation accountant covers not_covered "
         "steps_done steps_planned steps_wasted noise_multiplier sampling_probability patients entries"
     )
-    assert set(found) == {*promised.split(), "run", "finished"}
+    assert set(found) == {*promised.split(), "run", "finished", "released_without_guarantee"}
     assert json.loads(json.dumps(found)) == found
     assert found["not_covered"] == sorted(NOT_COVERED)
 

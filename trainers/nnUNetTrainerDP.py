@@ -279,6 +279,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
         plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
         plan.verify()
+        nnunet.refuse_unpaid_fingerprint(run.dataset_ledger, self.private_plan)
         self._refuse_early(run, slots, plan)
         provenance = self._begin_from_public_start()
         self._start(run, slots, plan, provenance)
@@ -392,7 +393,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
 
     def _spent(self, whole_dataset=False):
         ledger = self.private.ledger
-        entries = ledger.entries if whole_dataset else ledger.own_entries
+        entries = ledger.entries if whole_dataset else [*self.private_plan.paid, *ledger.own_entries]
         return epsilon_of(entries, self.section.budget.delta)
 
     @_refuse_cleanly

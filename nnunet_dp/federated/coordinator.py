@@ -140,7 +140,11 @@ class Coordinator:
             self._say(f"going on with run {self.terms.run} after round {state.round} of {self.terms.rounds}")
         else:
             weights = load_file(self.config.initial_weights)
-            state = ServerState(digest(self.terms), 0, weights, weights, agreed=self.config.agreed)
+            surveyed = {
+                name: SiteRecord(epsilon=claim.epsilon, delta=claim.delta, unit=claim.unit)
+                for name, claim in self.config.surveyed.items()
+            }
+            state = ServerState(digest(self.terms), 0, weights, weights, surveyed, self.config.agreed)
             write_state(state, self.folder)
         if self.config.client_level:
             self._client_level = ClientLevelMean(

@@ -189,9 +189,9 @@ def _decide_and_follow(
         ) from None
     facts = Sites(asked.sites, asked.patients, "patient", options.delta)
     if options.fingerprint_share is None:
-        found, run = find_plans(options, described), None
+        found = find_plans(options, described)
     else:
-        found, run = plans_by_survey(
+        found = plans_by_survey(
             run_folder, asked, options, described, facts, tuple(options.weights),
             partial(follow, folder, run_folder, server, say),
         )  # fmt: skip
@@ -209,7 +209,6 @@ def _decide_and_follow(
         names=tuple(options.weights),
         say=say,
         progress=progress,
-        run=run,
     )
     follow(folder, run_folder, server, say, run_folder / CONFIG, run_folder)
     return run_folder

@@ -30,12 +30,12 @@ from above for the 90th percentile. A first threshold is worth choosing well whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
-from dp_accounting.dp_event import ComposedDpEvent, DpEvent
+from dp_accounting.dp_event import ComposedDpEvent
 from torch import Tensor, nn
 
 from nnunet_dp.accounting import PrivacyBudget, calibrate
@@ -122,7 +122,7 @@ def make_training(
     return PrivateTraining(*parts, ledger)
 
 
-def private_plan(terms: Terms, units: int, budget: PrivacyBudget, paid: Sequence[DpEvent] = ()) -> PrivacyPlan:
+def private_plan(terms: Terms, units: int, budget: PrivacyBudget, paid: tuple[Charge, ...] = ()) -> PrivacyPlan:
     """What moves epsilon, with the least noise that keeps all steps of the terms, and what was paid, within the budget.
 
     ``paper`` is calibrated as if its threshold were a fixed one, which it is not; ``fedavg`` has noise 0, with which no
@@ -137,11 +137,10 @@ def private_plan(terms: Terms, units: int, budget: PrivacyBudget, paid: Sequence
     Raises:
         BudgetRefusal: for a budget that no noise reaches.
     """
-    plan = PrivacyPlan(budget, terms.steps, terms.sampling_probability, 0.0, units, first_rule(terms))
+    plan = PrivacyPlan(budget, terms.steps, terms.sampling_probability, 0.0, units, first_rule(terms), paid=paid)
     if terms.mode is Mode.fedavg:
         return plan
-    noise = calibrate(lambda noise: ComposedDpEvent([*paid, _schedule_at(plan, noise)]), budget)
-    return replace(plan, noise_multiplier=noise)
+    return replace(plan, noise_multiplier=calibrate(lambda noise: _schedule_at(plan, noise), budget))
 
 
 def schedule_of(terms: Terms) -> Schedule:
@@ -156,8 +155,8 @@ def first_rule(terms: Terms) -> ClipRule:
 
 
 def _schedule_at(plan: PrivacyPlan, noise_multiplier: float) -> Any:
-    (event,) = replace(plan, noise_multiplier=noise_multiplier).events
-    return event
+    events = replace(plan, noise_multiplier=noise_multiplier).events
+    return ComposedDpEvent(events) if len(events) > 1 else events[0]
 
 
 def _refuse_other_plan(terms: Terms, plan: PrivacyPlan) -> None:

@@ -22,8 +22,8 @@ from safetensors.numpy import save_file
 
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.protocol import LARGEST_SHARE, Mode, Terms
+from nnunet_dp.federated.run_config import Claim
 from nnunet_dp.nnunet_federated import (
-    RAW_FINGERPRINT,
     PublicPlans,
     RunPlan,
     Schedule,
@@ -36,11 +36,16 @@ from nnunet_dp.nnunet_federated import (
     plans_from_phantoms,
 )
 from nnunet_dp.plans import write_json
-from nnunet_dp.sections import NOT_COVERED
+from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT
 from nnunet_dp.workers import Progress
 
 CONFIG, WEIGHTS = "config.json", "initial_weights.safetensors"
 Say = Callable[[str], None]
+LEFT_TO_SITES = (
+    "charges_for_the_same_patient_at_other_sites",
+    "when_and_whether_a_site_replies",
+    "whether_a_sites_images_could_be_measured_and_preprocessed",
+)
 LARGEST_EPSILON = 1000.0  # as for `nnunet-dp plan`
 
 
@@ -153,6 +158,21 @@ def find_plans(options: RunOptions, dataset_json: Mapping[str, Any], datasets: S
 
 
 @dataclass(frozen=True)
+class Surveyed:
+    """What a survey of the sites came to.
+
+    Attributes:
+        plans: that follow their fingerprint.
+        run: identifier that it was charged to.
+        claims: what each site spent on it.
+    """
+
+    plans: PublicPlans
+    run: str
+    claims: Mapping[str, Claim]
+
+
+@dataclass(frozen=True)
 class NewRun:
     """A run that can be submitted.
 
@@ -178,7 +198,7 @@ def make_run(
     dataset_json: Mapping[str, Any],
     configuration: str,
     sites: Sites,
-    found: PublicPlans,
+    found: PublicPlans | Surveyed,
     model_dataset: str,
     starts: Path,
     device: torch.device,
@@ -186,7 +206,6 @@ def make_run(
     names: Sequence[str] = (),
     say: Say = lambda text: None,
     progress: Progress | None = None,
-    run: str | None = None,
 ) -> NewRun:
     """Decide a run and write its folder.
 
@@ -204,13 +223,14 @@ def make_run(
         names: of the sites, where only they may take part.
         say: told what is going on.
         progress: told about the public start.
-        run: identifier that a fingerprint was charged to; None for a new one.
 
     Raises:
         UsageRefusal: for options without sense, and a model that exists.
     """
     options.refuse_senseless(sites.number)
-    run = run or secrets.token_hex(8)
+    run, claims = secrets.token_hex(8), {}
+    if isinstance(found, Surveyed):
+        found, run, claims = found.plans, found.run, found.claims
     schedule = options.schedule
     plan = plan_run(found.plans, configuration, dataset_json, sites, options.epsilon, schedule)
     name = options.output or model_plans_name(schedule.mode, options.epsilon, run)
@@ -223,6 +243,7 @@ def make_run(
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / WEIGHTS)
     public = {"inputs": _inputs(found, provenance), "not_covered": not_covered(found)}
+    public |= {"surveyed": {name: claim.model_dump() for name, claim in claims.items()}}
     write_json(_config(options, terms, plan, folder, sites.number, model, names) | public, folder / CONFIG)
     return NewRun(folder, run, model)
 
@@ -262,7 +283,7 @@ def _inputs(found: PublicPlans, provenance: Mapping[str, Any]) -> dict[str, str]
 def not_covered(found: PublicPlans) -> tuple[str, ...]:
     """What the guarantee of a run leaves out; plans that are public are no longer among it."""
     left = [what for what in NOT_COVERED if not (found.public and what == RAW_FINGERPRINT)]
-    return (*left, "charges_for_the_same_patient_at_other_sites", "how_long_a_site_takes_to_reply")
+    return (*left, *LEFT_TO_SITES)
 
 
 def _config(

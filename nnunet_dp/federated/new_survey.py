@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated import survey
-from nnunet_dp.federated.new_run import RunOptions
+from nnunet_dp.federated.new_run import RunOptions, Surveyed
 from nnunet_dp.fingerprint import deviation_of, estimates, fewest_patients, is_audible, mechanism_for
 from nnunet_dp.nnunet_federated import PublicPlans, Sites
 from nnunet_dp.nnunet_fingerprint import ballot_for, plans_from
@@ -40,8 +40,8 @@ def plans_by_survey(
     sites: Sites,
     names: Sequence[str],
     ask: Ask,
-) -> tuple[PublicPlans, str]:
-    """nnU-Net's plans for the sites' fingerprint, and the identifier of the run that it was charged to.
+) -> Surveyed:
+    """nnU-Net's plans for the sites' fingerprint.
 
     Args:
         folder: of the run; a survey that was begun or finished there is gone on with.
@@ -66,7 +66,8 @@ def plans_by_survey(
     config = survey.read_survey(place / survey.CONFIG)
     if not (place / survey.RESULT).is_file():
         ask(place / survey.CONFIG, place)
-    return _plans(config, survey.read_result(place), sites), config.run
+    result = survey.read_result(place)
+    return Surveyed(_plans(config, result, sites), config.run, result.claims)
 
 
 def _new_survey(
@@ -103,13 +104,14 @@ def _new_survey(
 def _plans(config: survey.SurveyConfig, result: survey.SurveyResult, sites: Sites) -> PublicPlans:
     ballot = ballot_for(config.dataset_json)
     deviation = result.deviation(ballot, config.epsilon, config.share)
-    patients = max(1, round(sites.units * len(result.deltas) / sites.number))
+    heard = len(result.sites)
+    patients = max(1, round(sites.units * heard / sites.number))
     found = estimates(ballot, np.asarray(result.votes), patients, deviation)
     plans = plans_from(found, config.dataset_json, sites.units)
     if not config.mode.private:
-        return PublicPlans(plans, f"exact statistics of the images of {len(result.deltas)} sites", False)
-    spent = max(result.epsilons.values())
-    source = f"a noised fingerprint of {len(result.deltas)} sites, charged to them: epsilon {spent:.3g} by itself"
+        return PublicPlans(plans, f"exact statistics of the images of {heard} sites", False)
+    spent = max(claim.epsilon for claim in result.claims.values())
+    source = f"a noised fingerprint of {heard} sites, charged to them: epsilon {spent:.3g} by itself"
     return PublicPlans(plans, source, True)
 
 

@@ -34,6 +34,20 @@ class ClientLevel(Frozen):
     bound: float = Field(gt=0)
 
 
+class Claim(Frozen):
+    """What a site says it spent.
+
+    Attributes:
+        epsilon: by itself.
+        delta: of it.
+        unit: of it.
+    """
+
+    epsilon: float = Field(ge=0)
+    delta: float = Field(gt=0, lt=1)
+    unit: str
+
+
 class Agreement(Frozen):
     """By what sites are welcomed; public, the same for all.
 
@@ -75,6 +89,7 @@ class RunConfig(Agreement):
         average_share: window of the average of the weights, as a share of the rounds.
         client_level: a second guarantee, for whole sites.
         model_folder: TRAINER__PLANS__CONFIGURATION, to be written in the end.
+        surveyed: what sites spent on the fingerprint; they count even where they take no further part.
         inputs: public inputs in words, for the model's federated.json.
         not_covered: what the guarantee leaves out.
     """
@@ -87,6 +102,7 @@ class RunConfig(Agreement):
     average_share: float = Field(default=0.1, gt=0, le=1)
     client_level: ClientLevel | None = None
     model_folder: str
+    surveyed: dict[SiteName, Claim] = Field(default_factory=dict)
     inputs: dict[str, str] = Field(default_factory=dict)
     not_covered: tuple[str, ...] = ()
 

@@ -156,10 +156,10 @@ def _decide_and_run(folder: Path, asked: Simulation, options: Any, say: Say, pro
     for site in sites:
         write_settings(folder, site, asked, options.schedule.mode, options.delta)
     if options.fingerprint_share is None:
-        found, run = find_plans(options, described, names), None
+        found = find_plans(options, described, names)
     else:
         ask = partial(_submitted, folder, say)
-        found, run = plans_by_survey(
+        found = plans_by_survey(
             folder, asked, options, described, facts, [site.name for site in sites], ask
         )
     made = make_run(
@@ -176,7 +176,6 @@ def _decide_and_run(folder: Path, asked: Simulation, options: Any, say: Say, pro
         names=[site.name for site in sites],
         say=say,
         progress=progress,
-        run=run,
     )
     return run_to_the_end(made.folder, say)
 

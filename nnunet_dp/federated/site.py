@@ -137,8 +137,12 @@ def _prepare(request: PrepareRequest, settings: SiteSettings) -> Answer:
     except Refusal as refusal:
         raise Declined(Code.plans_mismatch, str(refusal)) from None
     with store.held(), settings.as_environment():
-        from nnunet_dp.nnunet_site import find_units, preprocess
+        from nnunet_dp.nnunet_site import find_units, preprocess, refuse_other_reading
 
+        try:
+            refuse_other_reading(plans, configuration, own)
+        except Refusal as refusal:
+            raise Declined(Code.plans_mismatch, str(refusal)) from None
         if not store.is_prepared(sha256, configuration):
             store.note_attempt(sha256, configuration, settings.max_plans)
             preprocess(plans, configuration, store.raw, store.preprocessed, settings.processes)

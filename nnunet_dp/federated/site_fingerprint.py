@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 
 from nnunet_dp.accounting import PrivacyBudget
-from nnunet_dp.charges import LedgerError, epsilon_of
+from nnunet_dp.charges import FINGERPRINT, LedgerError, epsilon_of
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.federated.protocol import Code, FingerprintRequest
-from nnunet_dp.federated.raw_dataset import read_raw
+from nnunet_dp.federated.raw_dataset import PATIENTS, read_raw
 from nnunet_dp.federated.site_settings import SiteSettings
 from nnunet_dp.federated.site_store import Declined, Store, fingerprint_run
-from nnunet_dp.fingerprint import PURPOSE, Ballot, mechanism_for, release
+from nnunet_dp.fingerprint import Ballot, mechanism_for, release
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.nnunet_fingerprint import ballot_for, measure
 from nnunet_dp.nnunet_site import own_delta
@@ -53,7 +53,7 @@ def release_fingerprint(request: FingerprintRequest, settings: SiteSettings, sto
     Raises:
         Declined: with the code for the coordinator.
     """
-    patients = read_raw(store.raw, settings.patients_file, settings.patients_column).patients
+    patients = _units(settings, store)
     delta = min(own_delta(settings, patients), request.delta or 1.0)
     budget = PrivacyBudget(epsilon=request.epsilon, delta=delta, unit=patients.unit)
     asked = request.model_dump(mode="json", exclude={"protocol", "run", "dataset_json"})
@@ -67,6 +67,13 @@ def release_fingerprint(request: FingerprintRequest, settings: SiteSettings, sto
     else:
         raise Declined(Code.malformed, "this run's fingerprint was asked for with other numbers before")
     return {"run": request.run, **_spent(request, budget)}, {VOTES: votes}
+
+
+def _units(settings: SiteSettings, store: Store) -> Patients:
+    """The units that a training would have: a table kept in the preprocessed folder counts, too."""
+    kept = store.preprocessed / PATIENTS
+    named = settings.patients_file or (kept if kept.is_file() and not (store.raw / PATIENTS).is_file() else None)
+    return read_raw(store.raw, named, settings.patients_column).patients
 
 
 def _released(
@@ -85,10 +92,15 @@ def _released(
     else:
         ledger = _ledger(request, asked, patients, store)
         mechanism = mechanism_for(budget, request.share)
-        charge = mechanism.charge(PURPOSE, step=None)
-        if epsilon_of([*ledger.entries, charge], own_delta(settings, patients)) > settings.max_epsilon:
-            raise BudgetRefusal("the fingerprint does not fit the dataset's budget")
+        charge = mechanism.charge(FINGERPRINT, step=None)
+
+        def refuse_beyond_budget() -> None:
+            if epsilon_of([*ledger.entries, charge], own_delta(settings, patients)) > settings.max_epsilon:
+                raise BudgetRefusal("the fingerprint does not fit the dataset's budget")
+
+        refuse_beyond_budget()
         exact = _sum_of_votes(ballot, patients, settings, store)
+        refuse_beyond_budget()  # a training here may have charged since
         votes = release(ballot, exact, mechanism, ledger.charge(charge))
     store.write_fingerprint(request.run, asked, votes.tolist())
     return votes
@@ -105,6 +117,8 @@ def _ledger(request: FingerprintRequest, asked: Mapping[str, Any], patients: Pat
         )
     except Refusal as refusal:
         raise LedgerError(str(refusal)) from None
+    if any(entry.plan != ledger.plan for entry in ledger.own_entries):
+        raise Declined(Code.malformed, "this run's fingerprint was charged for other numbers before")
     return ledger
 
 
@@ -119,5 +133,5 @@ def _spent(request: FingerprintRequest, budget: PrivacyBudget) -> dict[str, Any]
     """What the release cost by itself."""
     if not request.mode.private:
         return {}
-    charge = mechanism_for(budget, request.share).charge(PURPOSE, step=None)
+    charge = mechanism_for(budget, request.share).charge(FINGERPRINT, step=None)
     return {"epsilon": epsilon_of([charge], budget.delta), "delta": budget.delta, "unit": budget.unit[:40]}

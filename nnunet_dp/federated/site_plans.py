@@ -23,11 +23,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
-
-from dp_accounting.dp_event import DpEvent
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal
@@ -36,7 +34,7 @@ from nnunet_dp.federated.protocol import Terms
 from nnunet_dp.federated.site_store import may_name_a_folder
 from nnunet_dp.planning import patches_per_patient
 from nnunet_dp.plans import with_section
-from nnunet_dp.sections import NOT_COVERED, ConfigurationPlan, NetworkPlan, PrivacySection, RulePlan
+from nnunet_dp.sections import NOT_COVERED, ConfigurationPlan, FingerprintPlan, NetworkPlan, PrivacySection, RulePlan
 
 _TORCH = re.compile(r"torch\.nn\.(?:modules\.(?:conv|instancenorm|activation)\.)?[A-Z][A-Za-z0-9]+")
 _NETWORKS = tuple(
@@ -144,7 +142,7 @@ def private_plans(
     patients: int,
     patients_sha256: str | None,
     parameters: int,
-    paid: Sequence[DpEvent] = (),
+    fingerprint: FingerprintPlan | None = None,
 ) -> dict[str, Any]:
     """Admitted plans with this site's private section.
 
@@ -155,10 +153,10 @@ def private_plans(
         patients: units in the whole dataset, all of which train.
         patients_sha256: of the canonical table of units, if there is one.
         parameters: trainable ones of the planned network.
-        paid: what the run was charged for its fingerprint.
+        fingerprint: what the run was charged for it.
     """
     architecture = plans["configurations"][terms.configuration]["architecture"]
-    planned = configuration_plan(plans, terms, budget, patients, parameters, paid)
+    planned = configuration_plan(plans, terms, budget, patients, parameters, fingerprint)
     section = PrivacySection(
         budget=budget,
         patients=patients,
@@ -172,12 +170,13 @@ def private_plans(
 
 def configuration_plan(
     plans: Mapping[str, Any], terms: Terms, budget: PrivacyBudget, patients: int, parameters: int,
-    paid: Sequence[DpEvent] = (),
+    fingerprint: FingerprintPlan | None = None,
 ) -> ConfigurationPlan:
     """The schedule that the terms ask for, with noise calibrated to the budget (``local.private_plan``)."""
     configured = plans["configurations"][terms.configuration]
     median = tuple(round(edge) for edge in plans.get("original_median_shape_after_transp", ()))
     features = configured["architecture"]["arch_kwargs"]["features_per_stage"]
+    paid = (fingerprint.charge,) if fingerprint else ()
     constants = {key: value for key, value in asdict(first_rule(terms)).items() if isinstance(value, float)}
     return ConfigurationPlan(
         steps=terms.steps,
@@ -191,4 +190,5 @@ def configuration_plan(
         network=NetworkPlan(features_per_stage=tuple(features), parameters=parameters),
         compute="full",
         clip_rules={terms.rule: RulePlan(constants=constants, learning_rate=terms.learning_rate)},
+        fingerprint=fingerprint,
     )

@@ -44,7 +44,7 @@ from nnunet_dp.federated.site_store import (
     fingerprint_run,
 )
 from nnunet_dp.gradients import trainable
-from nnunet_dp.ledger import Ledger
+from nnunet_dp.ledger import Ledger, read_ledger
 from nnunet_dp.nnunet_site import SiteModel
 from nnunet_dp.plans import SECTION, json_sha256, read_section
 from nnunet_dp.run import LATEST, LEDGER, RunFolder, read_checkpoint, write_checkpoint
@@ -141,6 +141,9 @@ class _Run:
         return found if record is not None else None
 
     def _new_plans(self) -> dict[str, Any]:
+        voted = self.store.fingerprint(self.terms.run)
+        if voted is not None and Mode(voted["asked"]["mode"]).private != self.terms.private:
+            raise Declined(Code.malformed, "this run's fingerprint was asked for with or without a guarantee, not so")
         admitted = self.store.prepared(self.terms.plans_sha256, self.terms.configuration)
         return nnunet_site.site_plans(admitted, self.terms, self.settings, self.store.preprocessed, self.dataset_json)
 
@@ -176,7 +179,12 @@ class _Run:
         unit, units = self.model.patients.unit, self.model.patients.table_sha256
         if state is not None:
             return self.folder.resume(state, unit, units)
-        return self.folder.start(self._plan().digest(), continuing=False, unit=unit, units=units)
+        label = f"{self.terms.run}-"
+        if self.store.dataset_ledger.is_file() and any(
+            f"/{label}" in entry.run for entry in read_ledger(self.store.dataset_ledger)
+        ):
+            raise LedgerError("this run was charged before, and its record and checkpoint are lost: put them back")
+        return self.folder.start(self._plan().digest(), continuing=False, unit=unit, units=units, label=label)
 
     # ---- what moves epsilon, and the training ------------------------------------------------------------------
 
@@ -215,7 +223,8 @@ class _Run:
         bound = {"bound": self.training.rule.bound} if self.terms.mode is Mode.adp_fl else {}
         weights = weights_of(self.training.network)
         if not all(bool(np.isfinite(array).all()) for array in weights.values()):  # decided after the noise
-            raise Declined(Code.failed, "the weights are not finite after this round: they are not sent")
+            reason = "the weights are not finite after this round: they are not sent"
+            raise Declined(Code.failed, reason, **self._spent())
         return fields | self._spent() | bound, weights
 
     def _take_steps(self) -> int:

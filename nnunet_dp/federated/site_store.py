@@ -165,10 +165,11 @@ class Store:
 
     def note_no_guarantee(self) -> None:
         """Note, before it begins, that a mode without guarantee is run on this dataset; the note stays."""
-        file = _no_guarantee_file(self.preprocessed)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as stream:
-            stream.write(b"A model was trained on this dataset without any privacy guarantee.\n")
+        for folder in (self.preprocessed, self.results):
+            file = _no_guarantee_file(folder)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(file) as stream:
+                stream.write(b"This dataset was used without any privacy guarantee.\n")
 
     def _prepared_file(self, plans_sha256: str, configuration: str) -> Path:
         return self.preprocessed / _FOLDER / f"prepared_{plans_sha256}_{configuration}.json"
@@ -217,13 +218,14 @@ def fingerprint_run(run: str) -> str:
     return f"fingerprint/{run}"
 
 
-def released_without_guarantee(preprocessed: Path) -> bool:
-    """Whether a mode without guarantee was ever run on the dataset of this preprocessed folder."""
-    return _no_guarantee_file(preprocessed).is_file()
+def released_without_guarantee(*folders: Path) -> bool:
+    """Whether a mode without guarantee was ever run on the dataset of these preprocessed and results folders."""
+    noted = any(_no_guarantee_file(folder).is_file() for folder in folders)
+    return noted or any(any(folder.glob(f"{FREE_TRAINER}__*")) for folder in folders)
 
 
-def _no_guarantee_file(preprocessed: Path) -> Path:
-    return preprocessed / _FOLDER / NO_GUARANTEE
+def _no_guarantee_file(folder: Path) -> Path:
+    return folder / _FOLDER / NO_GUARANTEE
 
 
 def may_name_a_folder(text: Any) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.federated.site_store import fingerprint_run, released_without_guarantee
@@ -175,8 +176,11 @@ def recounted(summary: Summary, places: Mapping[str, tuple[Path, Path]]) -> Summ
     """
     if not summary.private:
         return summary
-    counted = (_recount(site, summary, *places[site.name]) if site.name in places else site for site in summary.sites)
-    return replace(summary, sites=tuple(counted))
+    known = {site.name: site for site in summary.sites}
+    known |= {name: SiteSummary(name, 0) for name in places if name not in known}  # charged, and never heard of
+    counted = (_recount(site, summary, *places[name]) if name in places else site for name, site in known.items())
+    heard = (site for site in counted if site.name in {one.name for one in summary.sites} or site.spent is not None)
+    return replace(summary, sites=tuple(sorted(heard, key=lambda site: site.name)))
 
 
 def _recount(site: SiteSummary, summary: Summary, results: Path, preprocessed: Path) -> SiteSummary:
@@ -185,20 +189,33 @@ def _recount(site: SiteSummary, summary: Summary, results: Path, preprocessed: P
     from nnunet_dp.run import LEDGER
 
     fold = _fold_of(summary.run, results)
-    if fold is None or site.delta is None or not (fold / LEDGER).is_file():
-        return site
-    whole, own = preprocessed / LEDGER, read_copy(fold / LEDGER)
+    whole = preprocessed / LEDGER
     everything = read_ledger(whole) if whole.is_file() else ()
+    own = read_copy(fold / LEDGER) if fold is not None and (fold / LEDGER).is_file() else ()
     runs = {fingerprint_run(summary.run), *(entry.run for entry in own)}  # the copy may lack the newest line
-    spent = epsilon_of([entry for entry in everything if entry.run in runs] or own, site.delta)
+    mine = [entry for entry in everything if entry.run in runs] or own
+    budget = _budget_beside(fold) if fold is not None else None
+    if site.delta is None and budget is not None:  # no reply came through that said it
+        site = replace(site, delta=budget.delta, unit=budget.unit)
+    if not mine or site.delta is None:
+        return site
+    spent = epsilon_of(mine, site.delta)
     if site.epsilon is not None and site.epsilon > spent + _TOLERANCE:
         raise Refusal(
             f"{site.name} reported epsilon {site.epsilon:.4g}, the ledger beside its weights proves only {spent:.4g}: "
             f"put {LEDGER} back from a backup"
         )
-    released = released_without_guarantee(preprocessed)
+    released = released_without_guarantee(preprocessed, results)
     total = epsilon_of(everything, site.delta) if everything and not released else None
     return replace(site, recounted=spent, dataset_total=total, released_without_guarantee=released)
+
+
+def _budget_beside(fold: Path) -> PrivacyBudget | None:
+    from nnunet_dp.plans import read_section
+
+    file = fold.parent / "plans.json"
+    section = read_section(json.loads(file.read_text())) if file.is_file() else None
+    return section.budget if section is not None else None
 
 
 def _fold_of(run: str, results: Path) -> Path | None:

@@ -25,7 +25,7 @@ from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.aggregation import Rejection, fault_of_claim, fault_of_header, parse
 from nnunet_dp.federated.enrolment import Enrolment, Message, Transport, explained
 from nnunet_dp.federated.protocol import LARGEST_SHARE, Code, FingerprintRequest, Frozen, Hex, Mode, Reply, SiteName
-from nnunet_dp.federated.run_config import Agreement
+from nnunet_dp.federated.run_config import Agreement, Claim
 from nnunet_dp.fingerprint import Ballot, deviation_of, mechanism_for
 from nnunet_dp.replacing import replacing
 
@@ -59,23 +59,19 @@ class SurveyResult(Frozen):
 
     Attributes:
         votes: sum over the sites.
-        deltas: of the epsilon that each site's release was calibrated to, by its name; 0 without a guarantee.
-        epsilons: what each site's release cost by itself.
+        sites: that were heard.
+        claims: what each release cost by itself, by the site's name; none without a guarantee.
     """
 
     votes: tuple[float, ...]
-    deltas: dict[SiteName, float]
-    epsilons: dict[SiteName, float]
+    sites: tuple[SiteName, ...]
+    claims: dict[SiteName, Claim]
 
     def deviation(self, ballot: Ballot, epsilon: float, share: float) -> float:
         """Standard deviation of the noise on each sum; 0 without a guarantee."""
-        squares = (
-            deviation_of(ballot, mechanism_for(PrivacyBudget(epsilon=epsilon, delta=delta), share).noise_multiplier)
-            ** 2
-            for delta in self.deltas.values()
-            if delta
-        )
-        return sum(squares) ** 0.5
+        budgets = (PrivacyBudget(epsilon=epsilon, delta=claim.delta) for claim in self.claims.values())
+        each = (deviation_of(ballot, mechanism_for(budget, share).noise_multiplier) for budget in budgets)
+        return sum(deviation**2 for deviation in each) ** 0.5
 
 
 class Survey:
@@ -103,12 +99,17 @@ class Survey:
         private = self._config.mode.private
         result = SurveyResult(
             votes=tuple(np.sum([heard[name][1] for name in sorted(heard)], axis=0).tolist()),
-            deltas={name: (reply.delta or 0.0) if private else 0.0 for name, (reply, _) in heard.items()},
-            epsilons={name: (reply.epsilon or 0.0) if private else 0.0 for name, (reply, _) in heard.items()},
+            sites=tuple(sorted(heard)),
+            claims={name: _claim(reply) for name, (reply, _) in heard.items()} if private else {},
         )
         with replacing(self._folder / RESULT) as stream:
             stream.write(result.model_dump_json(indent=1).encode())
         return result
+
+
+def _claim(reply: Reply) -> Claim:
+    """``fault_of_claim`` has looked that all of it is there."""
+    return Claim.model_validate({"epsilon": reply.epsilon, "delta": reply.delta, "unit": reply.unit})
 
 
 class _Asking(Enrolment):

@@ -1,0 +1,66 @@
+"""A patient whose data cannot be used brings an empty record, as if it were not there.
+
+>>> def broken(cases):
+...     raise OSError("no such file")
+>>> data, target = EmptyWhereUnusable(broken, (1, 1, 4, 4), ((1, 1, 4, 4),), None)(("case",))
+>>> bool(np.isnan(data).all()), target.shape
+(True, (1, 1, 4, 4))
+
+An error that reaches the outside says something about the one patient who caused it, without any noise. Where others
+see whether a step succeeded (a federated site's reply), what cannot be read, or has labels that do not exist, becomes
+a record whose gradient is not a number: the engines count it as nothing.
+
+Formal guarantee:
+    Whether a step fails does not depend on whether a patient's files can be read, nor on the values in them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection
+from typing import Any
+
+import numpy as np
+
+Source = Callable[[tuple[str, ...]], tuple[np.ndarray, Any]]
+
+
+class EmptyWhereUnusable:
+    """A source of patches that never fails.
+
+    Args:
+        source: a patient's cases -> images and targets.
+        data_shape: [patches, channels, *spatial] of its images.
+        target_shapes: of its targets, one for each resolution.
+        labels: that targets may hold; None for anything (regions are 0 and 1 by construction).
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        data_shape: tuple[int, ...],
+        target_shapes: tuple[tuple[int, ...], ...],
+        labels: Collection[int] | None,
+    ) -> None:
+        self._source, self._data_shape, self._target_shapes = source, data_shape, target_shapes
+        self._labels = None if labels is None else sorted(labels)
+
+    def __call__(self, cases: tuple[str, ...]) -> tuple[np.ndarray, Any]:
+        """Images and targets; no number in the images where they cannot be used."""
+        try:
+            data, target = self._source(cases)
+            if self._usable(data, target):
+                return data, target
+            reason = "labels or shapes that do not exist"
+        except Exception as error:  # whatever a reader raises, it is this patient's
+            reason = type(error).__name__
+        warnings.warn(f"a training case cannot be used and counts as nothing ({reason})", stacklevel=2)
+        empty = [np.zeros(shape, np.float32) for shape in self._target_shapes]
+        return np.full(self._data_shape, np.nan, np.float32), empty if len(empty) > 1 else empty[0]
+
+    def _usable(self, data: np.ndarray, target: Any) -> bool:
+        targets = target if isinstance(target, list) else [target]
+        shapes = tuple(tuple(one.shape) for one in targets)
+        if tuple(data.shape) != self._data_shape or shapes != self._target_shapes:
+            return False
+        return self._labels is None or all(bool(np.isin(one, self._labels).all()) for one in targets)
