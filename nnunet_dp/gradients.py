@@ -101,7 +101,7 @@ def gradients_of(
     for record in records:
         with autocast():
             output = network(record.data)
-        value = loss(_at_least_float32(output), record.target)
+        value = loss(at_least_float32(output), record.target)
         watch(value.detach())
         yield _gradient(value, parameters)
 
@@ -133,8 +133,8 @@ def _add_scaled(total: list[Tensor], gradient: list[Tensor], factors: list[float
         sum_ += tensor.double() * factors[group]
 
 
-def _at_least_float32(output: Any) -> Any:
+def at_least_float32(output: Any) -> Any:
     """The network's output, or list of outputs, out of half precision."""
     if isinstance(output, (list, tuple)):
-        return [_at_least_float32(tensor) for tensor in output]
+        return [at_least_float32(tensor) for tensor in output]
     return output if output.dtype == torch.float64 else output.float()

@@ -31,6 +31,7 @@ from nnunet_dp import nnunet
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.dpsgd import Execution, RecordsOf
+from nnunet_dp.engine_choice import execution_for
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Terms
 from nnunet_dp.federated.site_plans import private_plans
@@ -211,6 +212,8 @@ def open_model(
     dataset_json: dict[str, Any],
     device: torch.device,
     processes: int,
+    steps: int = 1,
+    report: Callable[[str], None] = lambda sentence: None,
 ) -> SiteModel:
     """Network, loss and patients of the fold ``all``; nothing is trained or charged.
 
@@ -222,6 +225,8 @@ def open_model(
         device: where to train.
         processes: that load patients beside the training; one loads in this process, which is not forked then
             (Flower's has threads of its own).
+        steps: that this process takes.
+        report: is told which gradient engine was chosen.
 
     Raises:
         Refusal: for a network that couples patients, and for cases that are missing or changed their units.
@@ -242,7 +247,9 @@ def open_model(
         loss=_loss(manager.get_label_manager(dataset_json), configured),
         patients=patients,
         slots=len(slots),
-        execution=Execution(device, autocast=partial(nnunet.autocast, device)),
+        execution=execution_for(
+            device, partial(nnunet.autocast, device), steps, plan.sampling_probability * len(slots), report
+        ),
         data_digest=nnunet.data_digest(data, slots, plan),
         _loader=PatientLoader(source, list(slots.values()), device, processes if processes > 1 else 0),
     )

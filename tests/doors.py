@@ -36,7 +36,10 @@ LEDGER = "privacy_ledger.jsonl"
 LATEST = "checkpoint_latest.pth"
 FINAL = "checkpoint_final.pth"
 LONGEST_SECONDS = 600
-_FOREIGN = ("nnUNet_extTrainer", "nnUNet_wandb_enabled", "nnUNet_compile", "nnUNet_raw", "nnUNet_preprocessed")
+_FOREIGN = (
+    "nnUNet_extTrainer", "nnUNet_wandb_enabled", "nnUNet_compile", "nnUNet_raw", "nnUNet_preprocessed",
+    "NNUNET_DP_ENGINE",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

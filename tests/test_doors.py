@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import random
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,9 +55,11 @@ class Crashed(NamedTuple):
 def hippocampus(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """3d_fullres with regions and an ignore label, planned by ``nnunet-dp plan`` and trained to its end.
 
-    Ten patients are few for a vote: it gets a large share, so that its answers can be heard.
+    Ten patients are few for a vote: it gets a large share, so that its answers can be heard. So few are not worth a
+    timing either: engine two is asked for.
     """
     place = with_variable(hippocampus_with_regions(tmp_path_factory.getbasetemp()))
+    place = replace(place, variables={**place.variables, "NNUNET_DP_ENGINE": "two:3"})
     place.plan("--epsilon", 8, "--delta", 1e-3, "--compute", "small", "--morphology-share", 0.3)
     model = Model(place, "nnUNetTrainerDP_AutoS", "nnUNetPlansDP_eps8")
     return Trained(model, model.train())
@@ -107,6 +111,12 @@ def test_the_whole_schedule_was_trained(hippocampus):
     status = hippocampus.model.status()
     assert status["finished"] and status["steps_done"] == status["steps_planned"] >= 10
     assert status["steps_wasted"] == 0
+
+
+def test_the_log_names_the_engine_and_why(hippocampus, crashed):
+    assert "engine two with 3 patients in one pass, as NNUNET_DP_ENGINE says" in log_of(hippocampus.model)
+    assert "takes over" not in hippocampus.console
+    assert re.search(r"engine (one|two).*(random data|too short)", log_of(crashed.model))
 
 
 def test_a_fresh_prediction_is_the_validation_voxel_for_voxel(hippocampus, tmp_path):

@@ -35,7 +35,8 @@ from nnunet_dp import plans as private_plans
 from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import epsilon_of
 from nnunet_dp.clipping import RULE_NAMES
-from nnunet_dp.dpsgd import Execution, PrivateTraining
+from nnunet_dp.dpsgd import PrivateTraining
+from nnunet_dp.engine_choice import execution_for
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.learning import ballot_for, boxes_around, learn_once, own_rules, reference_facts
 from nnunet_dp.ledger import Ledger
@@ -337,7 +338,8 @@ class nnUNetTrainerDP(nnUNetTrainer):
         if provenance is not None:
             save_json(provenance, str(Path(self.output_folder) / PROVENANCE), sort_keys=False)
         schedule = self.private_plan.schedule(self.clip_rule)
-        execution = Execution(self.device, autocast=functools.partial(nnunet.autocast, self.device))
+        autocast = functools.partial(nnunet.autocast, self.device)
+        execution = execution_for(self.device, autocast, plan.steps, plan.expected_batch, self.print_to_log_file)
         self.private = PrivateTraining(self.network, self.loss, plan, schedule, execution, ledger)
         self._data_digest = nnunet.data_digest(Path(self.preprocessed_dataset_folder), slots, self.private_plan)
         if self._resume:

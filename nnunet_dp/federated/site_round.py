@@ -118,7 +118,7 @@ class _Run:
         self.plans = record["plans"] if record else self._new_plans()
         self.model = nnunet_site.open_model(
             self.plans, self.terms.configuration, self.store.preprocessed, self.dataset_json,
-            torch.device(self.settings.device), self.settings.processes,
+            torch.device(self.settings.device), self.settings.processes, self.terms.local_steps, self.store.log,
         )  # fmt: skip
         return self.model
 
