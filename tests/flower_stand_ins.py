@@ -132,6 +132,11 @@ def coded(code):
     return lambda reply, weights: (json.dumps(json.loads(reply) | {"code": code}), {})
 
 
+def addressed(**other):
+    """A good reply, but to another question."""
+    return lambda reply, weights: (json.dumps(json.loads(reply) | other), weights)
+
+
 FAULTS = {
     "none": lambda reply, weights: (reply, weights),
     "not finite": lambda reply, weights: (reply, {name: np.full_like(w, np.nan) for name, w in weights.items()}),
@@ -139,6 +144,9 @@ FAULTS = {
     "no JSON": lambda reply, weights: (reply[:-1], weights),
     "no text": lambda reply, weights: (3, weights),
     "late": late,
+    "another round": addressed(round=7),
+    "another run": addressed(run="0b"),
+    "another name": addressed(site="north"),
     "failed": coded("failed"),
     "budget spent": coded("budget_spent"),
 }

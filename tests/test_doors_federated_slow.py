@@ -17,6 +17,7 @@ import pytest
 from doors import LEDGER, _command, read_lines, segmentations, wait_until
 
 from nnunet_dp.federated import deployment
+from nnunet_dp.federated.process_table import Process, is_running
 from nnunet_dp.federated.split import Dealing, split_dataset
 from nnunet_dp.phantoms import write_dataset
 
@@ -76,6 +77,10 @@ def processes_of(folder: Path) -> list[str]:
             if str(folder).encode() in (process / "environ").read_bytes():
                 found.append((process / "cmdline").read_text().replace("\0", " "))
     return found
+
+
+def coordinator_of(run: Path) -> Process:
+    return Process(**json.loads((run / "server_app.json").read_text())["process"])
 
 
 def charges(place: Path) -> list[int]:
@@ -165,12 +170,28 @@ def test_a_run_whose_coordinator_was_killed_goes_on_and_charges_every_round_once
         with running(place, *asked, "--rounds", 2, exit_code=1) as process:
             wait_until(lambda: max(charges(place)) == 2, process)  # a site trains in the second round
             (run,) = (place / "run" / deployment.RUNS).iterdir()
-            os.kill(json.loads((run / "server_app.json").read_text())["pid"], signal.SIGKILL)
+            os.kill(coordinator_of(run).pid, signal.SIGKILL)
             process.wait(60)
         assert console(place).count(f"--resume {run}` goes on") == 1 and "round 2/2" not in console(place)
         told = result_of(typed(place, *asked, "--resume", run, "--json"))
     assert told["complete"] and [site["rounds"] for site in told["sites"]] == [2, 2]
     assert charges(place) == [2, 2] and max(site["epsilon_spent"] for site in told["sites"]) <= 8.0
+
+
+def test_a_run_whose_command_was_killed_goes_on_and_is_followed_again(place):
+    with hospitals(place) as asked:
+        with running(place, *asked, "--rounds", 5, exit_code=-signal.SIGKILL) as process:
+            wait_until(lambda: "round 1/5" in console(place), process)
+            process.kill()
+            process.wait(60)
+        (run,) = (place / "run" / deployment.RUNS).iterdir()
+        coordinator = coordinator_of(run)
+        assert is_running(coordinator), "it is the server's, not the command's"
+        done = typed(place, *asked, "--resume", run, "--json")
+        assert coordinator_of(run) == coordinator
+    told = result_of(done)
+    assert told["complete"] and [site["rounds"] for site in told["sites"]] == [5, 5] and charges(place) == [5, 5]
+    assert "round 5/5" in done.stderr and "round 1/5" not in done.stderr
 
 
 def test_plans_from_the_sites_own_images_are_charged_and_gone_on_with_after_ctrl_c(place):

@@ -246,6 +246,14 @@ def test_a_site_that_does_not_fit_is_named_with_the_difference(tmp_path, site, m
     assert Run(tmp_path / "b", sites, go_on_without=True)().complete
 
 
+def test_no_site_preprocesses_for_a_run_that_another_one_does_not_fit(tmp_path):
+    kinds = []
+    sites = Memory(three().nodes | {"3": Site("cleo", version="0.0.1")}, before=kinds.append)
+    with pytest.raises(Refusal, match="cleo differs: nnunet_dp"):
+        Run(tmp_path, sites)()
+    assert kinds == ["query"]
+
+
 def test_a_site_that_is_not_on_the_list_does_not_take_part(tmp_path):
     with pytest.raises(Refusal, match="cleo is not one of the sites"):
         Run(tmp_path, three(), allowed_sites=("ann", "bob"))()

@@ -229,10 +229,10 @@ def test_a_header_that_is_no_json_is_answered_all_the_same(stand_ins, tmp_path):
 
 
 def test_the_end_of_a_run_is_on_disk(tmp_path):
-    flower_server.end_is_written(tmp_path, lambda: {"rounds": 3})
+    flower_server.end_is_written(tmp_path, "17", lambda: {"rounds": 3})
     assert json.loads((tmp_path / "server_ended.json").read_text()) == {"exit_code": 0, "message": ""}
     assert json.loads((tmp_path / "server_result.json").read_text()) == {"rounds": 3}
-    assert is_running(Process(**json.loads((tmp_path / "server_app.json").read_text())))
+    assert is_running(Process(**json.loads((tmp_path / "server_app.json").read_text())["process"]))
 
 
 @pytest.mark.parametrize(("error", "code", "said"), [(UsageRefusal("no"), 2, "no"), (KeyError(), 1, "KeyError: see")])
@@ -241,7 +241,7 @@ def test_a_run_that_fails_says_why_and_fails(tmp_path, error, code, said):
         raise error
 
     with pytest.raises(type(error)):
-        flower_server.end_is_written(tmp_path, work)
+        flower_server.end_is_written(tmp_path, "17", work)
     ended = json.loads((tmp_path / "server_ended.json").read_text())
     assert ended["exit_code"] == code and ended["message"].startswith(said)
     assert (tmp_path / "server_error.txt").read_text().strip()

@@ -27,6 +27,14 @@ from nnunet_dp.plans import json_sha256
 COLOURS = {"0": "R", "1": "G", "2": "B"}
 SKIN = {"channel_names": COLOURS, "labels": {"background": 0, "lesion": 1}, "file_ending": ".png"}
 SHA = json_sha256(coordinator_plans())
+BAD = {
+    "wrong shape": "wrong shape",
+    "malformed header": "no text",
+    "another round": "another round",
+    "another run": "another run",
+    "another site's name": "another name",
+}
+"""Why a reply is left out, and what the site does for that."""
 
 
 class Run:
@@ -88,20 +96,30 @@ def trained(federation, name):
     return [call["round"] for call in federation.calls(name) if call["kind"] == "train"]
 
 
-def test_a_run_does_not_begin_with_a_site_of_another_version_which_is_named(both):
-    sites_are(both, version="0.0.1")
-    run = Run(both, "versions", rounds=2)
+OTHER_LABELS = SKIN | {"labels": {"background": 0, "naevus": 1}}
+
+
+@pytest.mark.parametrize(
+    ("south", "difference"),
+    [
+        ({"version": "0.0.1"}, f"nnunet_dp '0.0.1', this run has '{__version__}'"),
+        ({"dataset_json": OTHER_LABELS}, f"labels {OTHER_LABELS['labels']}, this run has {SKIN['labels']}"),
+    ],
+)
+def test_a_run_does_not_begin_with_a_site_that_does_not_fit_which_is_named(both, south, difference):
+    sites_are(both, **south)
+    run = Run(both, f"differs_{'_'.join(south)}", rounds=2)
     end = run()
-    assert end.exit_code == 1
-    assert f"south differs: nnunet_dp '0.0.1', this run has '{__version__}'" in end.message
-    assert [trained(both, name) for name in ("north", "south")] == [[], []] and not run.model.exists()
+    assert end.exit_code == 1 and f"south differs: {difference}" in end.message
+    assert [[call["kind"] for call in both.calls(name)] for name in ("north", "south")] == [["query"]] * 2
+    assert not run.model.exists()
 
 
 @pytest.fixture(scope="module")
 def eventful(both):
-    """Six rounds in which the south does something else each, and its end."""
-    sites_are(both, ["not finite", "none", "wrong shape", "no text", "budget spent"])
-    run = Run(both, "eventful", rounds=6, minimum_replies=1)
+    """Nine rounds in which the south does something else each, and its end."""
+    sites_are(both, ["not finite", "none", *BAD.values(), "budget spent"])
+    run = Run(both, "eventful", rounds=9, minimum_replies=1)
     return run, run(), {name: trained(both, name) for name in ("north", "south")}
 
 
@@ -109,17 +127,17 @@ def eventful(both):
 def test_bad_replies_are_left_out_by_name_and_the_run_goes_on(eventful):
     run, end, _ = eventful
     assert (end.exit_code, end.message) == (0, ""), run.lines
-    for number, why in ((1, "not finite"), (3, "wrong shape"), (4, "malformed header")):
-        assert f"1 of 2 sites  missing south (rejected: {why})" in run.said(f"round {number}/6")
-    assert "2 of 2 sites" in run.said("round 2/6") and "missing" not in run.said("round 2/6")
-    assert run.moved == [5 * 1 + 2] and [site["rounds"] for site in run.result["sites"]] == [6, 1]
+    for number, why in enumerate(("not finite", None, *BAD), 1):
+        missing = f"1 of 2 sites  missing south (rejected: {why})" if why else "2 of 2 sites"
+        assert missing in run.said(f"round {number}/9") and ("missing" in run.said(f"round {number}/9")) == bool(why)
+    assert run.moved == [8 * 1 + 2] and [site["rounds"] for site in run.result["sites"]] == [9, 1]
 
 
 @pytest.mark.slow
 def test_a_site_at_the_end_of_its_budget_is_asked_no_more_and_the_model_is_written(eventful):
     run, _, asked = eventful
-    assert "missing south (budget_spent)" in run.said("round 5/6") and "missing" not in run.said("round 6/6")
-    assert asked == {"north": [0, 1, 2, 3, 4, 5], "south": [0, 1, 2, 3, 4]}
+    assert "missing south (budget_spent)" in run.said("round 8/9") and "missing" not in run.said("round 9/9")
+    assert asked == {"north": list(range(9)), "south": list(range(8))}
     assert run.result["complete"] and (run.model / "fold_all" / "checkpoint_final.pth").is_file()
     assert json.loads((run.model / "federated.json").read_text())["sites"] == run.result["sites"]
 

@@ -121,7 +121,7 @@ def test_a_killed_coordinator_is_noticed_and_its_run_resumed(federation):
     steps = {}, {"do": "sleep", "seconds": 15}, {}
     run = federation.submit(*steps)
     federation.until(lambda: len(federation.rounds()) == 1 and len(federation.calls("north")) == 2)
-    os.kill(json.loads((run.folder / "server_app.json").read_text())["pid"], signal.SIGKILL)
+    os.kill(json.loads((run.folder / "server_app.json").read_text())["process"]["pid"], signal.SIGKILL)
     end = federation.wait(run, 60)
     assert end.exit_code == 1 and "run again to resume" in end.message
     assert federation.wait(federation.submit(*steps)).exit_code == 0
@@ -208,7 +208,7 @@ def test_a_real_run_goes_on_after_its_server_was_killed_and_charges_every_round_
         def say(line):
             said.append(line)
             if line.startswith("round 1/") and not killed:
-                killed.append(json.loads((run.folder / "server_app.json").read_text())["pid"])
+                killed.append(json.loads((run.folder / "server_app.json").read_text())["process"]["pid"])
                 os.kill(killed[0], signal.SIGKILL)
 
         killed = []

@@ -214,9 +214,7 @@ def _decide_and_follow(
     return run_folder
 
 
-def resume(
-    folder: Path, run_folder: Path, address: str | None, say: Say, progress: Progress | None = None
-) -> Path:
+def resume(folder: Path, run_folder: Path, address: str | None, say: Say, progress: Progress | None = None) -> Path:
     """Go on with a run, from its survey or after its last round.
 
     Raises:
@@ -238,6 +236,8 @@ def resume(
 def follow(folder: Path, run_folder: Path, server: Any, say: Say, config: Path, place: Path) -> None:
     """Submit a run, or its survey, and follow it; Ctrl-C stops it at the server, too.
 
+    A run whose coordinator still works, after its command was killed, say, is followed without another.
+
     Args:
         folder: of the server.
         run_folder: of the run.
@@ -250,10 +250,11 @@ def follow(folder: Path, run_folder: Path, server: Any, say: Say, config: Path, 
         Refusal: when it ended otherwise than by finishing.
     """
     from nnunet_dp.federated.flower_environment import flwr
+    from nnunet_dp.federated.flower_runs import at_work
 
     flower, again = open_processes(folder), f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on"
     with told_at_ctrl_c(say, again):
-        submitted = flower.submit(server, config, place)
+        submitted = at_work(place.resolve()) or flower.submit(server, config, place)
         try:
             end = flower.wait(submitted, say)
         except BaseException:

@@ -92,9 +92,7 @@ class Enrolment:
             )
         query_s = min(QUERY_TIMEOUT_S, config.prepare_timeout_s)
         self.welcome(nodes, query_s, config.prepare_timeout_s, beginning=True)
-        if self.declined and not config.go_on_without:
-            why = "; ".join(self.declined.values())
-            raise Refusal(f"{why}: mend that and go on with --resume, or let the run begin without (--go-on-without)")
+        self._refuse_without_the_declined()
         if len(self.names) < needed:
             raise Refusal(f"{needed} sites at least should have prepared, found {len(self.names)}")
         self._say(self.done.format(names=", ".join(sorted(self.names.values()))))
@@ -106,20 +104,27 @@ class Enrolment:
             nodes: that are there.
             query_s: to wait for an answer to the query.
             prepare_s: to wait for preprocessing.
-            beginning: whether two nodes of one name end the run.
+            beginning: whether two nodes of one name, or one that does not fit, end the run before any site prepares.
 
         Raises:
-            Refusal: in the beginning, for two nodes of one name.
+            Refusal: in the beginning, for these.
         """
         fresh = [node for node in nodes if node not in self.names and self._may_be_asked(node)]
         if not fresh:
             return
         held = {name for node, name in self.names.items() if node in nodes and node not in self.silent}
         found = self._query(fresh, query_s, beginning)
+        if beginning:
+            self._refuse_without_the_declined()
         names = {node: name for node, name in found.items() if name not in held}
         if names and not self.names:
             self._say(self.doing.format(names=", ".join(sorted(names.values()))))
         self._prepare(names, prepare_s)
+
+    def _refuse_without_the_declined(self) -> None:
+        if self.declined and not self._config.go_on_without:
+            why = "; ".join(self.declined.values())
+            raise Refusal(f"{why}: mend that and go on with --resume, or let the run begin without (--go-on-without)")
 
     def _may_be_asked(self, node: str) -> bool:
         return node not in self._final and self._tries[node] <= self._config.retries

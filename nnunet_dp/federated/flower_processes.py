@@ -45,12 +45,14 @@ from nnunet_dp.federated.flower_environment import (
     write_connection,
 )
 from nnunet_dp.federated.flower_keys import Certificates
-from nnunet_dp.federated.flower_runs import APP, ENDED, LINES, MANIFEST, End, Lines, Submitted, ended, was_killed
+from nnunet_dp.federated.flower_runs import APP, ENDED, LINES, MANIFEST, End, Lines, Submitted, ended, said, was_killed
 from nnunet_dp.federated.process_table import Process, descendants, is_running
 
 _STARTING_SECONDS = 120.0
 _STOPPING_SECONDS = 10.0  # Flower gives itself five
 _AGAIN_SECONDS = 10.0
+
+
 @dataclass
 class Started:
     """A process that was started here.
@@ -154,9 +156,7 @@ class FlowerProcesses:
         write_connection(server)
         return server
 
-    def start_supernode(
-        self, name: str, settings: Path, server: Server, private_key: Path | None = None
-    ) -> Started:
+    def start_supernode(self, name: str, settings: Path, server: Server, private_key: Path | None = None) -> Started:
         """Start a SuperNode of the site whose settings are given; whenever it ends, ``poll`` starts it again.
 
         A SuperLink lets nobody in whose key is not registered (yet), nor one that was killed until it has missed the
@@ -196,7 +196,6 @@ class FlowerProcesses:
         run_folder.mkdir(parents=True, exist_ok=True)
         for name in (ENDED, APP):
             (run_folder / name).unlink(missing_ok=True)
-        said_bytes = (run_folder / LINES).stat().st_size if (run_folder / LINES).is_file() else 0
         manifest = server.home / "app" / "pyproject.toml"
         manifest.parent.mkdir(parents=True, exist_ok=True)
         manifest.write_text(MANIFEST)
@@ -205,7 +204,7 @@ class FlowerProcesses:
         answer = flwr(server, "run", str(manifest.parent), CONNECTION, "--run-config", told)
         if not answer.get("success"):
             raise Refusal(f"the run should start, found: {answer.get('error-message', answer)}")
-        return Submitted(str(answer["run-id"]), run_folder, said_bytes)
+        return Submitted(str(answer["run-id"]), run_folder, said(run_folder))
 
     def wait(
         self, run: Submitted, say: Callable[[str], None] = lambda line: None, timeout_s: float = float("inf")

@@ -6,8 +6,9 @@ See ``flower_server`` for the files.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunet_dp.federated.process_table import Process, is_running
 
@@ -83,7 +84,25 @@ def ended(folder: Path) -> End | None:
     return End(**json.loads(file.read_text())) if file.is_file() else None
 
 
+def began(run_id: str, process: Process) -> dict[str, Any]:
+    """What a coordinator leaves in its folder when it begins."""
+    return {"run_id": run_id, "process": asdict(process)}
+
+
 def was_killed(folder: Path) -> bool:
     """Whether the coordinator of this folder had begun and its process is gone."""
     file = folder / APP
-    return file.is_file() and not is_running(Process(**json.loads(file.read_text())))
+    return file.is_file() and not is_running(Process(**json.loads(file.read_text())["process"]))
+
+
+def at_work(folder: Path) -> Submitted | None:
+    """The run whose coordinator works in this folder, which outlives the command that submitted it; None without."""
+    if not (folder / APP).is_file() or ended(folder) or was_killed(folder):
+        return None
+    return Submitted(json.loads((folder / APP).read_text())["run_id"], folder, said(folder))
+
+
+def said(folder: Path) -> int:
+    """Bytes that coordinators have said in this folder so far."""
+    file = folder / LINES
+    return file.stat().st_size if file.is_file() else 0

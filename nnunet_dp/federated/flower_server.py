@@ -2,7 +2,7 @@
 
     flwr run APP CONNECTION --run-config 'config="/run/config.json" folder="/run"'
 
-    folder/server_app.json     the process that runs the coordinator
+    folder/server_app.json     Flower's number of the run, and the process that runs the coordinator
     folder/server_lines.txt    what the coordinator says, as it says it
     folder/server_ended.json   {"exit_code": 0, "message": ""}, written last; absent when the process was killed
     folder/server_result.json  the coordinator's result
@@ -19,6 +19,7 @@ import json
 import os
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 from pydantic import BaseModel
 
 from nnunet_dp.errors import Refusal
-from nnunet_dp.federated.flower_runs import APP, ENDED, LINES
+from nnunet_dp.federated.flower_runs import APP, ENDED, LINES, began
 from nnunet_dp.federated.flower_transport import GridTransport
 from nnunet_dp.federated.process_table import Process
 from nnunet_dp.replacing import replacing
@@ -43,12 +44,13 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the coordinator to its end; raises what it raises, so that Flower marks the run as failed."""
     folder = Path(str(context.run_config[FOLDER]))
-    end_is_written(folder, lambda: _coordinate(grid, Path(str(context.run_config[CONFIG])), folder))
+    work = partial(_coordinate, grid, Path(str(context.run_config[CONFIG])), folder)
+    end_is_written(folder, str(context.run_id), work)
 
 
-def end_is_written(folder: Path, work: Callable[[], Any]) -> None:
-    """Do the work and leave in ``folder`` how it ended."""
-    _write(folder / APP, dataclasses.asdict(Process.of(os.getpid())))
+def end_is_written(folder: Path, run_id: str, work: Callable[[], Any]) -> None:
+    """Do the work and leave in ``folder`` whose it is and how it ended."""
+    _write(folder / APP, began(run_id, Process.of(os.getpid())))
     try:
         result = work()
         _write(folder / RESULT, result)
