@@ -46,6 +46,7 @@ SHARE = 0.1  # of mu^2: five percent more noise on the training
 ROUNDED_TO = 1e-3  # what is released, so that nothing hides in the last digits
 AUDIBLE_SHARE = 0.25  # of the patients in one bin should be told from noise
 _CASES = 21  # pseudo cases that carry the quantiles to nnU-Net's planner
+_TAIL = 0.1  # of the cases reach beyond the pooled 0.5 % and 99.5 % of CT intensities
 _SHRUNK = 0.75  # nnU-Net's own threshold of the relative size
 _WIDTH = 3  # neighbouring bins that are heard together
 
@@ -57,10 +58,15 @@ def _powers(per_decade: int, least: int, most: int) -> tuple[float, ...]:
     return tuple(10 ** (power / per_decade) for power in range(least, most + 1))
 
 
-SPACINGS_MM = _powers(24, -30, 30)  # 0.056 to 17.8, in steps of 10 %; equal axes stay equal
+_ROUND = (
+    1, 1.1, 1.25, 1.4, 1.5, 1.6, 1.8, 2, 2.2, 2.5, 2.75, 3, 3.3, 3.6, 4, 4.5, 5, 5.5, 6, 6.75, 7.5, 8, 9,
+)  # fmt: skip
+"""Numbers that scanners are set to, at most a factor of 1.14 apart."""
+SPACINGS_MM = tuple(round(number * 10.0**power, 4) for power in (-2, -1, 0, 1) for number in _ROUND if
+                    0.05 <= number * 10.0**power <= 18)  # fmt: skip
 SIZES = _powers(20, 12, 66)  # 4 to 1995 mm, or pixels of pictures, in steps of 12 %
 LOW_HU = tuple(np.arange(-1000.0, 501.0, 50.0))
-HIGH_HU = tuple(np.arange(-500.0, 3001.0, 100.0))
+HIGH_HU = tuple(np.arange(-500.0, 2501.0, 50.0))
 MEAN_HU = tuple(np.arange(-900.0, 1201.0, 50.0))
 DEVIATION_HU = _powers(8, 6, 24)  # 5.6 to 1000
 
@@ -221,6 +227,16 @@ class Estimate:
     statistic: Statistic
     shares: np.ndarray
 
+    @property
+    def mean(self) -> float:
+        """Over the patients."""
+        return float(self.shares @ np.asarray(self.statistic.grid))
+
+    @property
+    def mean_square(self) -> float:
+        """Of the values, over the patients."""
+        return float(self.shares @ np.square(self.statistic.grid))
+
     def quantile(self, level: float) -> float:
         """The value below which that share of the patients lies."""
         edges = np.concatenate([[0.0], np.cumsum(self.shares)])
@@ -295,13 +311,19 @@ def as_nnunet(found: Mapping[str, Estimate], dimensions: int, channels: int) -> 
 
 
 def _window(found: Mapping[str, Estimate], channel: int) -> dict[str, float]:
-    """nnU-Net's intensity properties; of CT what ``CTNormalization`` reads, which is not min, max and median."""
+    """nnU-Net's intensity properties; of CT what ``CTNormalization`` reads, which is not min, max and median.
+
+    nnU-Net pools the voxels of all cases. The pooled variance is that within cases and that between their means; the
+    pooled extreme percentiles lie where a tenth of the cases have theirs.
+    """
     if f"low_{channel}" not in found:
         low, high, mean, deviation = 0.0, 1.0, 0.5, 1.0
     else:
-        names = ("low", "high", "mean", "deviation")
-        low, high, mean, deviation = (found[f"{name}_{channel}"].quantile(0.5) for name in names)
-        high = max(high, low + deviation)
+        lows, highs, means, deviations = (found[f"{name}_{channel}"] for name in ("low", "high", "mean", "deviation"))
+        mean, between = means.mean, means.mean_square - means.mean**2
+        deviation = math.sqrt(deviations.mean_square + max(0.0, between))
+        low = lows.quantile(_TAIL)
+        high = max(highs.quantile(1 - _TAIL), low + deviation)
     return {
         "mean": mean, "median": mean, "std": deviation, "min": low, "max": high, "percentile_00_5": low,
         "percentile_99_5": high,

@@ -103,6 +103,33 @@ def test_medians_are_found_within_a_step_of_the_grid(noise_multiplier):
     assert found["spacing_1"].quantile(0.5) == found["spacing_2"].quantile(0.5)  # equal axes stay equal
 
 
+@pytest.mark.parametrize("edge", [0.5, 0.75, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0])
+def test_round_spacings_are_planned_as_they_are(edge):
+    found = estimates(BALLOT, 100 * BALLOT.votes([case(spacing_0=edge)]), 100, 1.0)
+    assert found["spacing_0"].quantile(0.5) == edge
+
+
+def test_a_ct_window_is_that_of_all_voxels_together_not_of_the_usual_case():
+    generator = np.random.default_rng(0)
+    tissue = [generator.normal(middle, 40, 2000) for middle in generator.normal(130, 45, 400)]
+    names = {"low_1": 0.5, "high_1": 99.5}
+    values = [
+        case(**{name: float(np.percentile(one, level)) for name, level in names.items()}, mean_1=float(one.mean()),
+             deviation_1=float(one.std()))
+        for one in tissue
+    ]  # fmt: skip
+    pooled = np.concatenate(tissue)
+    for noise in (0.0, 1.7):
+        deviation = deviation_of(BALLOT, noise)
+        votes = sum(BALLOT.votes([one]) for one in values) + generator.normal(0, 1, BALLOT.size) * deviation
+        window = as_nnunet(estimates(BALLOT, votes, 400, deviation), 3, 2)[
+            "foreground_intensity_properties_per_channel"
+        ]["1"]
+        assert window["std"] == pytest.approx(pooled.std(), rel=0.1) and abs(window["mean"] - pooled.mean()) < 10
+        for name, level in (("percentile_00_5", 0.5), ("percentile_99_5", 99.5)):
+            assert abs(window[name] - np.percentile(pooled, level)) < 35, (noise, name)
+
+
 def test_what_nnunet_reads_holds_the_medians_and_no_case():
     values, medians = _spread(np.random.default_rng(1))
     told = as_nnunet(estimates(BALLOT, sum(BALLOT.votes([one]) for one in values), 200, 0.0), 3, 2)
