@@ -7,6 +7,9 @@ The images are measured once; every draw noises the same votes by the share of t
 takes, and runs nnU-Net's planner. Plans are compared in all that decides a training: spacing, patch size, topology,
 axes, normalisation; CT windows, which no two draws share, are printed as mean and deviation over the draws.
 
+``--write K`` keeps the raw fingerprint's plans and those of the first K draws beside the dataset's own, so that cheap
+trainings can judge them: ``nnUNetv2_preprocess -plans_name NAME``, ``benchmarks/accuracy.py -p NAME``.
+
 Nothing is charged: this is for public data and phantoms. nnU-Net's three folders must be set.
 """
 
@@ -23,9 +26,10 @@ import numpy as np
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal
-from nnunet_dp.federated.raw_dataset import raw_folder, read_raw
+from nnunet_dp.federated.raw_dataset import nnunet_folder, raw_folder, read_raw
 from nnunet_dp.fingerprint import SHARE, deviation_of, estimates, fewest_patients, is_audible, mechanism_for
 from nnunet_dp.nnunet_fingerprint import ballot_for, ct_channels, measure, plans_from
+from nnunet_dp.plans import write_json
 
 WINDOW = ("percentile_00_5", "percentile_99_5", "mean", "std")
 
@@ -65,6 +69,15 @@ def raw_plans(dataset: Path, dataset_json: Mapping[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(plans))
 
 
+def keep(plans: Mapping[str, Any], dataset: str, name: str) -> None:
+    """Put plans into the dataset's preprocessed folder under a name of their own."""
+    content = json.loads(json.dumps(plans).replace(plans["plans_name"], name)) | {"dataset_name": dataset}
+    folder = nnunet_folder("preprocessed") / dataset
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(content, folder / f"{name}.json")
+    write_json(json.loads((raw_folder(dataset) / "dataset.json").read_text()), folder / "dataset.json")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-d", "--dataset", required=True)
@@ -75,6 +88,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=50)
     parser.add_argument("--patients-file", type=Path)
     parser.add_argument("--patient-column")
+    parser.add_argument("--write", type=int, default=0, help="keep plans of so many draws, for benchmarks/accuracy.py")
     o = parser.parse_args()
     raw = raw_folder(o.dataset)
     description = json.loads((raw / "dataset.json").read_text())
@@ -84,6 +98,8 @@ def main() -> None:
     votes = sum(ballot.votes([values[case] for case in mine]) for mine in patients.cases_of(values).values())
     plans = raw_plans(raw, description)
     reference = essence(plans, o.configuration)
+    if o.write:
+        keep(plans, raw.name, "nnUNetPlansRaw")
     print(f"{raw.name}: {patients.number} {patients.unit}s, {len(values)} cases; raw fingerprint: {reference}")
     print(*(f"  window {window}" for window in np.round(windows_of(plans, windows))))
     for epsilon in o.epsilon:
@@ -98,6 +114,8 @@ def main() -> None:
                 found["refused"] += 1
                 continue
             drawn.append(windows_of(told, windows))
+            if draw < o.write:
+                keep(told, raw.name, f"nnUNetPlansEps{epsilon:g}Draw{draw}")
             mine = essence(told, o.configuration)
             other = {name: mine[name] for name in mine if mine[name] != reference[name]}
             found[json.dumps(other) if other else "as the raw one"] += 1

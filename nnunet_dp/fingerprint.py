@@ -36,6 +36,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from scipy.ndimage import label
 
 from nnunet_dp.accounting import PrivacyBudget, gaussian_mu
 from nnunet_dp.errors import Refusal
@@ -80,12 +81,14 @@ class Statistic:
         grid: public points, rising.
         logarithmic: whether steps of the grid are factors.
         exact: whether estimates are points of the grid; else they are interpolated.
+        single: whether only the points around the loudest count: distributions whose tails are read.
     """
 
     name: str
     grid: tuple[float, ...]
     logarithmic: bool = False
     exact: bool = False
+    single: bool = False
 
     def vote(self, value: float) -> np.ndarray:
         """One at the nearest point [points]; nothing for a value that is no number."""
@@ -126,10 +129,10 @@ def statistics_for(dimensions: int, ct_channels: Sequence[int] = ()) -> tuple[St
         statistic
         for channel in ct_channels
         for statistic in (
-            Statistic(f"low_{channel}", LOW_HU),
-            Statistic(f"high_{channel}", HIGH_HU),
-            Statistic(f"mean_{channel}", MEAN_HU),
-            Statistic(f"deviation_{channel}", DEVIATION_HU, logarithmic=True),
+            Statistic(f"low_{channel}", LOW_HU, single=True),
+            Statistic(f"high_{channel}", HIGH_HU, single=True),
+            Statistic(f"mean_{channel}", MEAN_HU, single=True),
+            Statistic(f"deviation_{channel}", DEVIATION_HU, logarithmic=True, single=True),
         )
     ]
     return (*spacings, *sizes, Statistic("relative_size", (0.5, 1.0)), *windows)
@@ -258,7 +261,7 @@ def estimates(ballot: Ballot, votes: np.ndarray, patients: int, deviation: float
     """
     found = {}
     for statistic, (name, histogram) in zip(ballot.statistics, ballot.split(votes).items(), strict=True):
-        heard = _heard(histogram, _threshold(statistic, deviation))
+        heard = _heard(histogram, _threshold(statistic, deviation), statistic.single)
         if heard.sum() <= 0:
             raise Refusal(
                 f"the fingerprint should be heard above its noise, found nothing of {name} with {patients} patients: "
@@ -268,12 +271,15 @@ def estimates(ballot: Ballot, votes: np.ndarray, patients: int, deviation: float
     return found
 
 
-def _heard(histogram: np.ndarray, threshold: float) -> np.ndarray:
-    """Counts of the points that, alone or with their neighbours, stand above the noise."""
+def _heard(histogram: np.ndarray, threshold: float, single: bool) -> np.ndarray:
+    """Counts of the points that, alone or with their neighbours, stand above the noise; ``single``: of one run."""
     around = np.convolve(histogram, np.ones(_WIDTH), "same") if len(histogram) > _WIDTH else histogram
     loud = (around > threshold * math.sqrt(_WIDTH)) | (histogram > threshold)
     if not loud.any():
         return np.zeros_like(histogram)
+    if single:
+        runs = label(loud)[0]
+        loud = runs == runs[np.where(loud, around, -np.inf).argmax()]
     return np.where(loud, np.maximum(histogram, 0), 0)
 
 
