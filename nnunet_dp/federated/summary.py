@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, ValidationError
+
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Mode
@@ -273,11 +275,11 @@ def read_summary(folder: Path) -> Summary:
     folder = Path(folder).resolve()
     model = next((place for place in (folder, folder.parent) if (place / FEDERATED).is_file()), None)
     if model is not None:
-        told = _of_result(json.loads((model / FEDERATED).read_text()), model)
+        told = _read_result(model / FEDERATED, model)
         run_folder = _run_folder(told.run)
         return told if run_folder is None else recounted(_with_plan(told, run_folder), dict(places_of(run_folder)))
     if (folder / CONFIG).is_file():
-        told = _of_result(json.loads((folder / RESULT).read_text())) if (folder / RESULT).is_file() else _begun(folder)
+        told = _read_result(folder / RESULT) if (folder / RESULT).is_file() else _begun(folder)
         return recounted(_with_plan(told, folder), dict(places_of(folder)))
     raise UsageRefusal(
         f"{folder.name} should be the folder of a federated run or model, found neither {CONFIG} nor {FEDERATED}: give "
@@ -295,29 +297,54 @@ def _run_folder(run: str) -> Path | None:
 
 
 def _with_plan(summary: Summary, folder: Path) -> Summary:
-    config = json.loads((folder / CONFIG).read_text())
-    model = summary.model_folder or Path(config["model_folder"])
-    planned = config["terms"]["epsilon"], config["terms"]["rounds"]
+    from nnunet_dp.federated.run_config import read_config
+
+    config = read_config(folder / CONFIG)
+    model = summary.model_folder or Path(config.model_folder)
+    planned = config.terms.epsilon, config.terms.rounds
     return replace(summary, planned=planned, model_folder=model if model.is_dir() else None)
 
 
-def _of_result(result: Mapping[str, Any], model: Path | None = None) -> Summary:
-    """From what the coordinator wrote in the end (``coordinator.Result``)."""
-    sites = (
-        SiteSummary(told["name"], told["rounds"], told["epsilon_spent"], told["delta"], told["unit"])
-        for told in result["sites"]
-    )
+class _SiteTold(BaseModel):
+    name: str
+    rounds: int
+    epsilon_spent: float | None
+    delta: float | None
+    unit: str | None
+
+
+class _Told(BaseModel):
+    """What the coordinator wrote in the end (``coordinator.Result``), as far as it is repeated here."""
+
+    run: str
+    mode: Mode
+    rounds: int
+    complete: bool
+    sites: list[_SiteTold]
+    client_level: dict[str, float] | None = None
+    inputs: dict[str, str] = {}
+    not_covered: tuple[str, ...] = ()
+
+
+def _read_result(file: Path, model: Path | None = None) -> Summary:
+    """From the coordinator's last words.
+
+    Raises:
+        UsageRefusal: for a file that it did not write so, naming the fields.
+    """
+    try:
+        told = _Told.model_validate_json(file.read_bytes())
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, part['loc'])) or 'file'}: {part['msg']}" for part in error.errors())
+        raise UsageRefusal(
+            f"{file.name} should be what the coordinator wrote, found {wrong}: put it back from a backup, or go on "
+            "with the run, which writes it again"
+        ) from None
+    sites = (SiteSummary(one.name, one.rounds, one.epsilon_spent, one.delta, one.unit) for one in told.sites)
     return Summary(
-        run=result["run"],
-        mode=Mode(result["mode"]),
-        rounds=result["rounds"],
-        complete=result["complete"],
-        sites=tuple(sites),
-        model_folder=model,
-        client_level=result.get("client_level"),
-        inputs=result.get("inputs", {}),
-        not_covered=tuple(result.get("not_covered", ())),
-    )
+        run=told.run, mode=told.mode, rounds=told.rounds, complete=told.complete, sites=tuple(sites),
+        model_folder=model, client_level=told.client_level, inputs=told.inputs, not_covered=told.not_covered,
+    )  # fmt: skip
 
 
 def _begun(folder: Path) -> Summary:
