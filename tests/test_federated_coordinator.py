@@ -369,6 +369,31 @@ def test_a_node_that_never_says_who_it_is_is_asked_as_often_as_a_round(tmp_path)
     assert asked == ["query", "query"]
 
 
+def test_nodes_of_killed_sites_that_are_still_listed_do_not_keep_a_run_from_beginning(tmp_path, monkeypatch):
+    """As after ``kill -9`` and ``--resume``: the old nodes are listed at once, the sites come as new ones."""
+    monkeypatch.setattr(Enrolment, "meeting_pause_s", 0.0)
+    old = {str(k): Site(name, instead=lambda kind, header: "silence") for k, name in enumerate(("ann", "bob", "cleo"))}
+    sites, listed = Memory(dict(old)), []
+
+    def come_after_a_while(minimum, timeout_s):
+        listed.append(minimum)
+        if len(listed) == 3:
+            sites.nodes |= {f"new {name}": site for name, site in three().nodes.items()}
+        return sorted(sites.nodes)
+
+    sites.sites = come_after_a_while
+    result = Run(tmp_path, sites, wait_for_sites_s=60.0)()
+    assert [site["rounds"] for site in result.sites] == [4, 4, 4] and result.complete
+
+
+def test_a_run_with_too_few_sites_names_the_nodes_that_said_nothing(tmp_path):
+    sites = three()
+    sites.nodes["3"].instead = lambda kind, header: "silence"
+    with pytest.raises(Refusal, match="node 3 did not say who it is"):
+        Run(tmp_path, sites)()
+    assert not sites.nodes["1"].trained
+
+
 def test_two_newcomers_of_one_name_do_not_end_a_run(tmp_path):
     sites = three()
 

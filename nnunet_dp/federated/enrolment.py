@@ -63,6 +63,7 @@ class Enrolment:
     """
 
     busy_pause_s = 5.0
+    meeting_pause_s = 1.0
     doing = "preparing: {names} (the first time, sites preprocess their images)"
     done = "prepared: {names}"
 
@@ -72,59 +73,71 @@ class Enrolment:
         self.declined: dict[str, str] = {}
         self._config, self._run, self._transport, self._say = config, run, transport, say
         self._final: set[str] = set()  # nodes that are not asked again
+        self._nameless: set[str] = set()  # nodes that did not say who they are
         self._tries: Counter[str] = Counter()
 
     def begin(self, needed: int) -> None:
-        """Wait for the sites, ask who they are, have them prepare.
+        """Wait for the sites, ask who they are, have them prepare; no site prepares unless all fit.
 
         Args:
             needed: sites at least.
 
         Raises:
-            Refusal: when there are too few, or one declined that the run may not begin without; with names.
+            Refusal: when there are too few, two nodes have one name, or a site declined that the run may not begin
+                without; with names.
         """
         config = self._config
-        nodes = self._transport.sites(config.sites, config.wait_for_sites_s)
-        if len(nodes) < needed:
+        met = self._meet()
+        self._refuse_without_the_declined(len(met))
+        if len(met) < needed:
             raise Refusal(
-                f"{config.sites} sites should take part, {needed} at least; found {len(nodes)} after "
+                f"{config.sites} sites should take part, {needed} at least; found {len(met)} after "
                 f"{config.wait_for_sites_s:.0f} s: start them with `nnunet-dp fed site`, then go on with --resume"
             )
-        query_s = min(QUERY_TIMEOUT_S, config.prepare_timeout_s)
-        self.welcome(nodes, query_s, config.prepare_timeout_s, beginning=True)
-        self._refuse_without_the_declined()
+        self._say(self.doing.format(names=", ".join(sorted(met.values()))))
+        self._prepare(met, config.prepare_timeout_s)
+        self._refuse_without_the_declined(len(met))
         if len(self.names) < needed:
             raise Refusal(f"{needed} sites at least should have prepared, found {len(self.names)}")
         self._say(self.done.format(names=", ".join(sorted(self.names.values()))))
 
-    def welcome(self, nodes: Sequence[str], query_s: float, prepare_s: float, beginning: bool = False) -> None:
+    def _meet(self) -> dict[str, str]:
+        """Names of the nodes that fit, as soon as all sites have come or declined, or the time for that is over.
+
+        A node that was killed is listed until it has missed its heartbeats: it says nothing, and its site comes as
+        another node. So silence counts against the run only while sites are missing.
+        """
+        config, met, asked = self._config, dict[str, str](), set[str]()
+        end = time.monotonic() + config.wait_for_sites_s
+        query_s = min(QUERY_TIMEOUT_S, config.prepare_timeout_s)
+        while True:
+            nodes = self._transport.sites(config.sites, max(0.0, end - time.monotonic()))
+            met |= self._query([node for node in nodes if node not in asked], query_s, met)
+            asked |= set(nodes)
+            if len(met) + len(self._final) >= config.sites or time.monotonic() >= end:
+                return met
+            time.sleep(self.meeting_pause_s)
+
+    def _refuse_without_the_declined(self, met: int) -> None:
+        counted = (node for node in self.declined if node not in self._nameless or met < self._config.sites)
+        why = "; ".join(self.declined[node] for node in counted)
+        if why and not self._config.go_on_without:
+            raise Refusal(f"{why}: mend that and go on with --resume, or let the run begin without (--go-on-without)")
+
+    def welcome(self, nodes: Sequence[str], query_s: float, prepare_s: float) -> None:
         """Query and prepare nodes that are new; a known name moves to a new node only when its old one is gone.
 
         Args:
             nodes: that are there.
             query_s: to wait for an answer to the query.
             prepare_s: to wait for preprocessing.
-            beginning: whether two nodes of one name, or one that does not fit, end the run before any site prepares.
-
-        Raises:
-            Refusal: in the beginning, for these.
         """
         fresh = [node for node in nodes if node not in self.names and self._may_be_asked(node)]
         if not fresh:
             return
         held = {name for node, name in self.names.items() if node in nodes and node not in self.silent}
-        found = self._query(fresh, query_s, beginning)
-        if beginning:
-            self._refuse_without_the_declined()
-        names = {node: name for node, name in found.items() if name not in held}
-        if names and not self.names:
-            self._say(self.doing.format(names=", ".join(sorted(names.values()))))
-        self._prepare(names, prepare_s)
-
-    def _refuse_without_the_declined(self) -> None:
-        if self.declined and not self._config.go_on_without:
-            why = "; ".join(self.declined.values())
-            raise Refusal(f"{why}: mend that and go on with --resume, or let the run begin without (--go-on-without)")
+        found = self._query(fresh, query_s)
+        self._prepare({node: name for node, name in found.items() if name not in held}, prepare_s)
 
     def _may_be_asked(self, node: str) -> bool:
         return node not in self._final and self._tries[node] <= self._config.retries
@@ -138,13 +151,19 @@ class Enrolment:
 
     # ---- query -----------------------------------------------------------------------------------------------------
 
-    def _query(self, nodes: Sequence[str], timeout_s: float, beginning: bool) -> dict[str, str]:
-        """Names of the nodes whose datasets and versions fit."""
+    def _query(
+        self, nodes: Sequence[str], timeout_s: float, met: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Names of the nodes whose datasets and versions fit; ``met`` before in the beginning, when names are unique.
+
+        Raises:
+            Refusal: in the beginning, for two nodes of one name.
+        """
         request = QueryRequest(run=self._run).model_dump_json()
         replies = self.exchange("query", {node: (request, {}) for node in nodes}, timeout_s)
         introduced = {node: self._introduced(node, replies.get(node)) for node in nodes}
         found = {node: reply for node, reply in introduced.items() if reply is not None}
-        for node in self._doubles(found, beginning):
+        for node in self._doubles(found, met):
             self._decline(node, f"{found.pop(node).site} is the name of two sites", final=False)
         for node, reply in list(found.items()):
             different = difference(reply, self._config.dataset_json)
@@ -157,6 +176,7 @@ class Enrolment:
         reply = parse(message[0]) if message is not None else None
         if not isinstance(reply, Reply) or fault_of_header(reply, self._run, None, None):
             why = "no reply" if reply is None else "another run" if isinstance(reply, Reply) else reply.value
+            self._nameless.add(node)
             self._decline(node, f"node {node} did not say who it is ({why})", final=False)
         elif reply.code is not Code.ok:
             self._decline(node, f"{reply.site} declines: {explained(reply.code)}", final=reply.code in FINAL)
@@ -167,11 +187,11 @@ class Enrolment:
             return reply
         return None
 
-    def _doubles(self, found: Mapping[str, Reply], beginning: bool) -> list[str]:
+    def _doubles(self, found: Mapping[str, Reply], met: Mapping[str, str] | None) -> list[str]:
         """Nodes that share a name."""
-        often = Counter(reply.site for reply in found.values())
+        often = Counter([*(reply.site for reply in found.values()), *(met or {}).values()])
         doubled = sorted(name for name, times in often.items() if times > 1)
-        if doubled and beginning:
+        if doubled and met is not None:
             raise Refusal(
                 f"every site should have a name of its own, found twice: {', '.join(doubled)}; give each its own "
                 "`name` in its settings, then go on with --resume"
@@ -185,6 +205,7 @@ class Enrolment:
         raise NotImplementedError
 
     def _enter(self, node: str, name: str) -> None:
+        self._nameless.discard(node)
         self.names = {other: known for other, known in self.names.items() if known != name} | {node: name}
         self.declined.pop(node, None)
         del self._tries[node]
