@@ -29,5 +29,6 @@ TRAINER_NAMES: tuple[str, ...] = (
 
 Federated is known to ``nnUNetv2_predict`` alone: its models are trained by ``nnunet-dp fed``."""
 
-TRAINING_NAMES = tuple(name for name in TRAINER_NAMES if name != "nnUNetTrainerDP_Federated")
+FEDERATED_TRAINER = "nnUNetTrainerDP_Federated"
+TRAINING_NAMES = tuple(name for name in TRAINER_NAMES if name != FEDERATED_TRAINER)
 """Those that ``nnUNetv2_train`` accepts."""

@@ -130,6 +130,7 @@ class Batched:
         try:
             gradients, values = self._gradients(records, task)
             norms = total.norms(gradients, len(records))
+            shares = total.shares(gradients, norms)
         except Unbatchable as unbatchable:
             self._fall_back(str(unbatchable))
             return 0
@@ -138,7 +139,7 @@ class Batched:
                 raise
             self._shrink()
             return 0
-        total.add(gradients, norms)
+        total.add(shares, norms)
         for value in values:
             task.watch(value)
         return len(records)
@@ -203,19 +204,31 @@ class ClippedTotal:
         groups = squares.new_zeros(int(self._groups.max()) + 1, patients)
         return groups.index_add_(0, self._groups, squares).sqrt().T
 
-    def add(self, gradients: Sequence[Tensor | None], norms: Tensor) -> None:
-        """Add factor times gradient of each patient whose norms are usable; the others contribute zero."""
+    def shares(self, gradients: Sequence[Tensor | None], norms: Tensor) -> list[Tensor | None]:
+        """Sum of factor times gradient over the patients whose norms are usable, for each parameter; float64.
+
+        Every row is computed with, whoever is usable: memory does not follow the patients' values.
+        """
+        usable = [self._rule.usable(own) for own in norms]
+        factors = [
+            self._rule.factors(own) if heard else own.new_zeros(len(own))
+            for own, heard in zip(norms, usable, strict=True)
+        ]
+        weights = torch.stack(factors, 1).to(self._sums[0].device)
+        heard = torch.tensor(usable, device=self._sums[0].device).unsqueeze(1)
+        return [
+            # an unusable row may hold NaN, which no factor of zero removes
+            None if g is None else (weights[group] @ _rows(g[: len(norms)]).where(heard, 0.0)).view_as(sum_)
+            for sum_, g, group in zip(self._sums, gradients, self._groups.tolist(), strict=True)
+        ]
+
+    def add(self, shares: Sequence[Tensor | None], norms: Tensor) -> None:
+        """Add what ``shares`` gave for patients with these norms."""
         if isinstance(self._rule, QuantileAdaptive):
             self._count += sum(self._rule.centred_indicator(float(own[0])) for own in norms)
-        usable = [patient for patient, own in enumerate(norms) if self._rule.usable(own)]
-        if not usable:
-            return
-        factors = torch.stack([self._rule.factors(norms[patient]) for patient in usable], 1)
-        factors, rows = factors.to(self._sums[0].device), torch.tensor(usable, device=self._sums[0].device)
-        for sum_, gradient, group in zip(self._sums, gradients, self._groups.tolist(), strict=True):
-            if gradient is not None:  # an unusable row may hold NaN, which no factor of zero removes
-                chosen = _rows(gradient.index_select(0, rows))
-                sum_ += (factors[group] @ chosen).view_as(sum_)
+        for sum_, share in zip(self._sums, shares, strict=True):
+            if share is not None:
+                sum_ += share
 
     def result(self) -> ClippedSum:
         """What was added so far."""

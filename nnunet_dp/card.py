@@ -25,10 +25,15 @@ from pydantic import Field, StringConstraints
 
 from nnunet_dp.accounting import which_accountant
 from nnunet_dp.charges import Charge, epsilon_of, events_of
+from nnunet_dp.clipping import RULE_NAMES, make_rule
+from nnunet_dp.errors import Refusal
 from nnunet_dp.inference_plans import Plain, Released
 from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT
 
+RAW_PLANS = "nnU-Net's fingerprint of the raw images"
 SAME_VERSION, OTHER_VERSION = 1e-6, 1e-3  # relative; versions of the accountant round differently
+_Unit = Annotated[str, StringConstraints(pattern=r"^[^\W\d][\w-]{0,39}( [\w-]{1,39})?( \(inferred\))?$", max_length=90)]
+"""One or two words: it stands in the middle of the claim."""
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Delta = Annotated[float, Field(gt=0, lt=1)]
 _Version = Annotated[str, StringConstraints(pattern=r"^[0-9][A-Za-z0-9.+]{0,40}$")]
@@ -98,7 +103,7 @@ class SiteRow(Released):
     site: int = Field(ge=1)
     epsilon: _Positive
     delta: _Delta
-    unit: Plain
+    unit: _Unit
     rounds: int = Field(ge=0)
     counted: Literal["from its ledger", "as reported"]
     charges: list[CardCharge]
@@ -117,8 +122,8 @@ class ClientLevelRow(Released):
 class ClipRow(Released):
     """How each unit's gradient was bounded."""
 
-    rule: Plain
-    constants: dict[Plain, Annotated[float, Field(allow_inf_nan=False)]]
+    rule: Literal[RULE_NAMES]  # pyright: ignore[reportInvalidTypeForm]
+    constants: dict[Plain, Annotated[float, Field(allow_inf_nan=False)]] = Field(max_length=8)
 
 
 class Card(Released):
@@ -147,7 +152,7 @@ class Card(Released):
 
     schema_version: Literal[1]
     claim: Plain
-    unit: Plain
+    unit: _Unit
     relation: Literal["zero-out"]
     epsilon: _Positive
     delta: _Delta
@@ -224,6 +229,7 @@ def miscounted(card: Card) -> Iterator[str]:
         of_folds = sum(row.charges for row in card.folds)
         if charged != of_folds:
             yield f"the charges count {charged} releases, the folds {of_folds}: a charge is missing or added"
+        yield from _untrained(card)
         if card.dataset is None or card.clip is None:
             yield "a model of one dataset should name its identity and its clip rule"
         elif (card.dataset.epsilon_total or math.inf) < card.epsilon * (1 - SAME_VERSION):
@@ -240,8 +246,35 @@ def miscounted(card: Card) -> Iterator[str]:
         yield f"the claim should be: {sentence(card)}"
 
 
+def _untrained(card: Card) -> Iterator[str]:
+    """Steps that nobody paid for, and words about plans and clipping that the rest does not bear out."""
+    for row in card.folds:
+        if not 0 < row.steps <= row.charges:
+            yield f"fold {row.fold} took {row.steps} steps on {row.charges} charges: each step is charged"
+    trained, steps = _training(card.charges), sum(row.steps for row in card.folds)
+    if trained < steps:
+        yield f"the charges count {trained} training steps, the folds took {steps}"
+    followed = any(row.purpose == "fingerprint" for row in card.charges)
+    named = any(line.startswith("plans from ") and RAW_PLANS not in line for line in card.public_inputs)
+    if RAW_FINGERPRINT not in card.not_covered and not followed and not named:
+        yield f"{RAW_FINGERPRINT} should be in not_covered: neither a charge nor a public input says otherwise"
+    if card.clip is not None:
+        try:
+            make_rule(card.clip.rule, card.clip.constants)
+        except (ValueError, Refusal) as wrong:
+            yield f"clip: {wrong}"
+
+
+def _training(rows: Iterable[CardCharge]) -> int:
+    return sum(row.count for row in rows if row.purpose == "training")
+
+
 def _miscounted_sites(card: Card) -> Iterator[str]:
+    if [row.fold for row in card.folds] != ["all"]:
+        yield "a federated model has one fold, all"
     for row in card.sites:
+        if row.counted == "from its ledger" and _training(row.charges) < row.rounds:
+            yield f"site {row.site}: {row.rounds} rounds were used, {_training(row.charges)} training steps charged"
         if row.counted == "from its ledger":
             yield from _other_epsilon(f"site {row.site}: ", row.epsilon, row.charges, row.delta, card.accountant)
         elif row.charges:

@@ -21,7 +21,7 @@ from typing import Any
 
 from nnunet_dp import __version__
 from nnunet_dp.accounting import which_accountant
-from nnunet_dp.card import Card, ClipRow, DatasetRow, FoldRow, canonical_charges, sampler_of, sentence
+from nnunet_dp.card import RAW_PLANS, Card, ClipRow, DatasetRow, FoldRow, canonical_charges, sampler_of, sentence
 from nnunet_dp.charges import LedgerEntry, epsilon_of, events_of
 from nnunet_dp.dataset_identity import identity
 from nnunet_dp.errors import Refusal
@@ -30,8 +30,8 @@ from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology, read_morphology
 from nnunet_dp.plans import configuration_plan, read_section
 from nnunet_dp.released_model import PLANS
-from nnunet_dp.run import FINAL, LEDGER, read_checkpoint
-from nnunet_dp.sections import PrivacySection, covered, not_covered
+from nnunet_dp.run import LEDGER
+from nnunet_dp.sections import ConfigurationPlan, PrivacySection, covered, not_covered
 from nnunet_dp.status import Status, read_status
 
 CLIP_RULES = {
@@ -96,6 +96,9 @@ def ledger_claim(model: Path, folds: Sequence[str]) -> Claim:
     of_run = {status.run: [entry for entry in ledger if entry.run == status.run] for status in told}
     runs = {fold: of_run[status.run] for fold, status in zip(folds, told, strict=True)}
     plan, budget = configuration_plan(section, configuration), section.budget
+    rule = CLIP_RULES[model.name.split("__")[0]]
+    for fold, entries in runs.items():
+        _refuse_other_plan(plan, section, rule, entries, f"fold_{fold} of {model.name}")
     charges = [*plan.paid, *(entry for entries in runs.values() for entry in entries)]
     unguarded = told[0].released_without_guarantee
     rows = canonical_charges(charges)
@@ -134,6 +137,22 @@ def _preprocessed(dataset: str) -> Path:
     return folder
 
 
+def _refuse_other_plan(
+    plan: ConfigurationPlan, section: PrivacySection, rule: str, entries: Sequence[LedgerEntry], where: str
+) -> None:
+    """Refuse plans.json that is not what the run was charged under; how many units a fold has is public."""
+    charged = {entry.plan for entry in entries}
+
+    def planned(units: int) -> set[str]:  # a vote that is held later is charged under the flat rule
+        return {plan.privacy_plan(section.budget, name, units).digest() for name in (rule, "flat")}
+
+    if not charged or not any(charged <= planned(units) for units in range(section.patients, 0, -1)):
+        raise Refusal(
+            f"{PLANS} beside {where} says another budget, schedule or fingerprint than its ledger lines were charged "
+            "under: put the model's own plans.json back"
+        )
+
+
 def _count(entries: Sequence[LedgerEntry]) -> int:
     return sum(entry.count for entry in entries)
 
@@ -145,13 +164,6 @@ def _refuse_unfinished(model: Path, fold: str, status: Status) -> None:
             f"fold_{fold} of {model.name} is not finished ({status.steps_done} of {status.steps_planned} steps): go on "
             "with nnUNetv2_train ... --c, or name the finished folds with -f"
         )
-    checkpoint = read_checkpoint(model / f"fold_{fold}" / FINAL)
-    run, trainer = checkpoint["init_args"].get("run"), checkpoint["trainer_name"]
-    if (run, trainer) != (status.run, model.name.split("__")[0]):
-        raise Refusal(
-            f"{FINAL} in fold_{fold} of {model.name} was written by another run or trainer than its ledger lines: put "
-            "the run's own checkpoint back"
-        )
 
 
 def _clip(model: Path, section: PrivacySection, configuration: str) -> ClipRow:
@@ -162,7 +174,7 @@ def _clip(model: Path, section: PrivacySection, configuration: str) -> ClipRow:
 
 def _public_inputs(model: Path, section: PrivacySection, configuration: str) -> list[str]:
     plan = configuration_plan(section, configuration)
-    plans = section.public_plans or "nnU-Net's fingerprint of the raw images, which is not covered"
+    plans = section.public_plans or f"{RAW_PLANS}, which is not covered"
     weights = section.public_weights_sha256
     free = _free_rules(model)
     return [

@@ -36,7 +36,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.ndimage import label
 
 from nnunet_dp.accounting import PrivacyBudget, gaussian_mu
 from nnunet_dp.errors import Refusal
@@ -278,8 +277,8 @@ def _heard(histogram: np.ndarray, threshold: float, single: bool) -> np.ndarray:
     if not loud.any():
         return np.zeros_like(histogram)
     if single:
-        runs = label(loud)[0]
-        loud = runs == runs[np.where(loud, around, -np.inf).argmax()]
+        runs = np.cumsum(~loud)  # loud neighbours have as many quiet points before them
+        loud = loud & (runs == runs[np.where(loud, around, -np.inf).argmax()])
     return np.where(loud, np.maximum(histogram, 0), 0)
 
 

@@ -18,7 +18,7 @@ import json
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from nnunet_dp.errors import Refusal
 
@@ -35,7 +35,17 @@ READERS = (
 TORCH_CLASS = r"torch\.nn\.(?:modules\.(?:conv|instancenorm|activation)\.)?[A-Z][A-Za-z0-9]+"
 CT = "CTNormalization"  # the one scheme that reads statistics of the training images
 
-Plain = Annotated[str, StringConstraints(min_length=1, max_length=300, pattern=r"^[^/\\\x00-\x1f]+$")]
+
+
+def _printable(text: str) -> str:
+    if not text.isprintable():
+        raise ValueError("should hold printable characters alone")
+    return text
+
+
+Plain = Annotated[
+    str, StringConstraints(min_length=1, max_length=300, pattern=r"^[^/\\]+$"), AfterValidator(_printable)
+]
 """A line of text that is no path."""
 Name = Annotated[str, StringConstraints(max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$")]
 DatasetName = Annotated[str, StringConstraints(max_length=100, pattern=r"^Dataset[0-9]{3}_[A-Za-z0-9][\w.\-]*$")]
@@ -47,7 +57,8 @@ _Option = bool | _Number | Literal["linear", "nearest", "bilinear", "trilinear",
 _Options = dict[Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,40}$")], _Option]
 _Width = Annotated[int, Field(ge=1, le=4096)]
 _Voxels = Annotated[list[_Width], Field(min_length=2, max_length=3)]
-_PerStage = Annotated[list[_Width], Field(max_length=16)] | _Width
+_Few = Annotated[int, Field(ge=1, le=32)]
+_Convolutions = Annotated[list[_Few], Field(max_length=16)] | _Few
 
 
 class Released(BaseModel):
@@ -74,9 +85,9 @@ class NetworkArguments(Released):
     conv_op: _TorchClass
     kernel_sizes: list[_Voxels]
     strides: list[_Voxels]
-    n_conv_per_stage: _PerStage | None = None
-    n_blocks_per_stage: _PerStage | None = None
-    n_conv_per_stage_decoder: _PerStage
+    n_conv_per_stage: _Convolutions | None = None
+    n_blocks_per_stage: _Convolutions | None = None
+    n_conv_per_stage_decoder: _Convolutions
     conv_bias: bool
     norm_op: _TorchClass | None
     norm_op_kwargs: _Options | None
@@ -101,7 +112,7 @@ class InferenceConfiguration(Released):
 
     preprocessor_name: Literal["DefaultPreprocessor"]
     patch_size: _Voxels
-    spacing: list[_Edge]
+    spacing: Annotated[list[_Edge], Field(min_length=2, max_length=3)]
     normalization_schemes: list[Literal[NORMALIZATIONS]]  # pyright: ignore[reportInvalidTypeForm]
     use_mask_for_norm: list[bool]
     resampling_fn_data: Name
@@ -129,8 +140,8 @@ class InferencePlans(Released):
     plans_name: Name
     configurations: dict[Name, InferenceConfiguration] = Field(min_length=1, max_length=1)
     image_reader_writer: Literal[READERS]  # pyright: ignore[reportInvalidTypeForm]
-    transpose_forward: list[Literal[0, 1, 2]]
-    transpose_backward: list[Literal[0, 1, 2]]
+    transpose_forward: Annotated[list[Literal[0, 1, 2]], Field(min_length=2, max_length=3)]
+    transpose_backward: Annotated[list[Literal[0, 1, 2]], Field(min_length=2, max_length=3)]
     label_manager: Literal["LabelManager"] = "LabelManager"
     foreground_intensity_properties_per_channel: dict[Annotated[str, StringConstraints(pattern=r"^\d+$")], Intensity]
 

@@ -82,12 +82,12 @@ def folds_of(files: Iterable[str]) -> tuple[str, ...]:
 
 
 def weights_digest(files: Mapping[str, bytes]) -> str:
-    """Eight digits that tell these weights from others."""
+    """Sixteen digits that tell these weights from others."""
     digest = hashlib.sha256()
     for name in sorted(files):
         if name.endswith(f"/{SAFETENSORS}"):
             digest.update(name.encode() + b"\0" + files[name])
-    return digest.hexdigest()[:8]
+    return digest.hexdigest()[:16]
 
 
 def refines_inside(trainer: str) -> bool:

@@ -39,6 +39,7 @@ _GLOBALS = frozenset((
     "torch._utils _rebuild_tensor_v2", "collections OrderedDict",
     *(f"torch {kind}Storage" for kind in ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Bool", "Byte")),
 ))  # fmt: skip
+_CALLS = ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "BUILD", "EXT1", "EXT2", "EXT4", "POP")
 _ROOT = "archive"  # torch's own name for a checkpoint that is written to a stream
 _FIXED = {f"{_ROOT}/byteorder": b"little", f"{_ROOT}/version": b"3\n"}
 _PICKLE = f"{_ROOT}/data.pkl"
@@ -126,8 +127,8 @@ def read_checkpoint_bytes(content: bytes) -> tuple[dict[str, Any], tuple[str, ..
         loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files fail in every part of zipfile, pickle and torch
         return {}, (f"cannot be loaded as weights alone ({type(error).__name__})",)
-    if not isinstance(loaded, dict):
-        return {}, ("holds no dictionary",)
+    if type(loaded) is not dict:  # others may carry attributes, which torch would write again
+        return {}, ("holds no plain dictionary",)
     found += _undeclared(loaded) or list(_slack(loaded["network_weights"], records))
     if not found and checkpoint_bytes(loaded) != content:
         found.append(f"holds more than is loaded from it, or was not written as torch {torch.__version__} writes it")
@@ -140,7 +141,7 @@ def _code(pickled: bytes) -> list[str]:
     try:
         for code, argument, position in pickletools.genops(pickled):
             end = position or 0
-            if code.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "POP"):
+            if code.name in _CALLS:
                 return [f"its pickle holds code ({code.name})"]
             if code.name == "GLOBAL" and argument not in _GLOBALS:
                 return [f"its pickle holds code: it imports {argument}"]
@@ -156,15 +157,15 @@ def _undeclared(loaded: Mapping[Any, Any]) -> list[str]:
         if key in loaded and not (type(loaded[key]) is type(neutral) and loaded[key] == neutral):
             found.append(f"{key} should be empty in what is released, found content")
     arguments, weights = loaded.get("init_args"), loaded.get("network_weights")
-    if not isinstance(arguments, dict) or set(arguments) != INIT_ARGS:
-        odd = sorted(map(str, set(arguments) ^ INIT_ARGS)) if isinstance(arguments, dict) else ["no dictionary"]
+    if type(arguments) is not dict or set(arguments) != INIT_ARGS:
+        odd = sorted(map(str, set(arguments) ^ INIT_ARGS)) if type(arguments) is dict else ["no plain dictionary"]
         found.append(f"init_args should hold {', '.join(sorted(INIT_ARGS))}; found another {', '.join(odd)}")
     elif not all(type(arguments[key]) is int for key in ("charges", "steps")):
         found.append("charges and steps in init_args should be numbers")
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in weights.items()
+    if type(weights) is not dict or not all(
+        type(name) is str and type(value) is torch.Tensor for name, value in weights.items()
     ):
-        found.append("network_weights should hold tensors by their names alone")
+        found.append("network_weights should be a plain dictionary of tensors by their names")
     axes = loaded.get("inference_allowed_mirroring_axes")
     if axes is not None and not (isinstance(axes, tuple) and all(type(axis) is int for axis in axes)):
         found.append("inference_allowed_mirroring_axes should be axes")
@@ -189,8 +190,7 @@ def same_weights(weights: Mapping[str, torch.Tensor], content: bytes) -> tuple[s
     """How a safetensors file differs from the weights of a checkpoint; nothing where it holds these and no more."""
     try:
         (length,) = struct.unpack("<Q", content[:8])
-        header = content[8 : 8 + length].decode("ascii")
-        described = json.loads(header)
+        described = json.loads(content[8 : 8 + length].decode("ascii"))
         tensors = safetensors.torch.load(content)
     except Exception as error:  # of three parsers
         return (f"cannot be read as safetensors ({type(error).__name__})",)
@@ -200,15 +200,15 @@ def same_weights(weights: Mapping[str, torch.Tensor], content: bytes) -> tuple[s
     found += [
         f"the tensor {name} differs from the checkpoint's"
         for name in tensors
-        if name in weights and not _equal(tensors[name], weights[name])
+        if name in weights and not same_bits(tensors[name], weights[name])
     ]
-    if not found and json.dumps(described, separators=(",", ":")) != header.rstrip(" "):
-        found.append("its header is written in an odd way")
+    if not found and safetensors_bytes(weights) != content:
+        found.append("is not written as safetensors writes these tensors")
     return tuple(found)
 
 
-def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit."""
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are equal bit for bit."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (one, other)))

@@ -142,6 +142,7 @@ def read_status(folder: Path) -> Status:
     paid = [(entry.run, entry.sequence) for entry in of_purpose(mine, MORPHOLOGY)]
     if (folder / FILE).is_file() and read_morphology(folder / FILE).paid_by not in (None, *paid):
         raise Refusal(f"{FILE} in {folder.name} was learnt from masks, but no charge paid for it: put {LEDGER} back")
+    _refuse_foreign_checkpoint(folder, mine)
     free = released_without_guarantee(*_dataset_folders(content["dataset_name"]), folder.parent.parent)
     return _status(section, configuration, mine, dataset, taken, free)
 
@@ -165,6 +166,19 @@ def _proved(folder: Path) -> tuple[int, int | None]:
             raise Refusal(f"{FINAL} was not written at the end of a private training: finish it with --c")
         return int(found["charges"]), int(found["steps"])
     return (int(read_checkpoint(latest)["private"]["step"]) if latest.is_file() else 0), None
+
+
+def _refuse_foreign_checkpoint(folder: Path, mine: tuple[LedgerEntry, ...]) -> None:
+    """Refuse weights that the newest run's lines did not pay for."""
+    if not (folder / FINAL).is_file():
+        return
+    checkpoint = read_checkpoint(folder / FINAL)
+    found = checkpoint.get("init_args", {}).get("run"), checkpoint.get("trainer_name")
+    if found != (mine[-1].run if mine else None, folder.parent.name.split("__")[0]):
+        raise Refusal(
+            f"{FINAL} in {folder.name} of {folder.parent.name} was written by another run or trainer than its ledger "
+            "lines: put the run's own checkpoint back"
+        )
 
 
 def _dataset_folders(dataset: str) -> list[Path]:

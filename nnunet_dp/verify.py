@@ -13,6 +13,7 @@ Formal guarantee:
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -20,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel
 
+from nnunet_dp import FEDERATED_TRAINER
 from nnunet_dp.archive import unpack
 from nnunet_dp.card import Card, miscounted, upwards
-from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.inference_plans import CT, DatasetDescription, InferencePlans, canonical_json, faults
 from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology
@@ -34,6 +37,7 @@ from nnunet_dp.released_model import (
     MANIFEST,
     PLANS,
     SAFETENSORS,
+    STOCK_TRAINER,
     TRAINERS,
     Manifest,
     folds_of,
@@ -43,7 +47,7 @@ from nnunet_dp.released_model import (
     required,
     weights_digest,
 )
-from nnunet_dp.released_weights import read_checkpoint_bytes, same_weights
+from nnunet_dp.released_weights import read_checkpoint_bytes, same_bits, same_weights
 from nnunet_dp.run import CARD, FINAL
 from nnunet_dp.sections import RAW_FINGERPRINT
 
@@ -85,8 +89,8 @@ class Verified:
 
     def lines(self) -> list[tuple[str, str]]:
         """Label and value, for a table."""
-        listed = [(what or "NOT DECLARED", f"{name}, {size} bytes") for name, size, what in self.files]
-        wrong = [("FAULT", fault) for fault in self.faults]
+        listed = [(what or "NOT DECLARED", f"{_shown(name)}, {size} bytes") for name, size, what in self.files]
+        wrong = [("FAULT", _shown(fault)) for fault in self.faults]
         verdict = "nothing undeclared was found; hashes, charges and card agree (this is no signature)"
         return [
             ("archive", self.file),
@@ -95,6 +99,11 @@ class Verified:
             *wrong,
             ("verdict", verdict if self.ok else f"{len(self.faults)} faults: do not install or share it"),
         ]
+
+
+def _shown(text: str) -> str:
+    """Text from an archive, with nothing that a terminal would carry out."""
+    return ascii(text)[1:-1]
 
 
 def _claim(card: Card) -> list[tuple[str, str]]:
@@ -175,7 +184,7 @@ def _faults(root: str, files: Mapping[str, bytes]) -> Iterator[str]:
             yield f"{CARD} speaks of folds {', '.join(folds)}, the archive holds {', '.join(folds_of(files)) or 'none'}"
         yield from (f"{CARD}: {fault}" for fault in miscounted(card))
     if plans is not None:
-        yield from _odd_names(root, plans, files)
+        yield from _odd_names(root, plans, card, files)
         yield from _uncovered(plans, card)
     if description is not None and card is not None:
         yield from _odd_rules(files, description, card)
@@ -222,11 +231,15 @@ def _other_hashes(files: Mapping[str, bytes]) -> Iterator[str]:
         yield f"{MANIFEST} is not written as the schema writes it"
 
 
-def _odd_names(root: str, plans: InferencePlans, files: Mapping[str, bytes]) -> Iterator[str]:
+def _odd_names(
+    root: str, plans: InferencePlans, card: Card | None, files: Mapping[str, bytes]
+) -> Iterator[str]:
     dataset, model = root.rstrip("/").split("/")
     trainer, _, rest = model.partition("__")
     if trainer not in TRAINERS:
         yield f"the trainer {trainer} is not one of nnunet_dp's or nnU-Net's own"
+    if card is not None and trainer != STOCK_TRAINER and (trainer == FEDERATED_TRAINER) != bool(card.sites):
+        yield f"a model of {trainer} should {'' if trainer == FEDERATED_TRAINER else 'not '}be charged at sites"
     name, _ = plans.configuration
     if (plans.dataset_name, f"{plans.plans_name}__{name}") != (dataset, rest):
         yield f"{PLANS} speaks of {plans.dataset_name}, {plans.plans_name}, {name}; the folder is {root}"
@@ -238,6 +251,8 @@ def _uncovered(plans: InferencePlans, card: Card | None) -> Iterator[str]:
     if plans.surplus_intensities:
         yield f"{PLANS} holds intensity statistics that normalisation does not read"
     schemes = plans.configuration[1].normalization_schemes
+    if sorted(plans.foreground_intensity_properties_per_channel) != sorted(map(str, range(len(schemes)))):
+        yield f"{PLANS} should hold intensity properties of its {len(schemes)} channels, found others"
     if card is not None and RAW_FINGERPRINT in card.not_covered and CT in schemes:
         yield f"{PLANS} holds intensity statistics of the raw images, which no charge covers"
 
@@ -273,36 +288,52 @@ def _odd_weights(
     description: DatasetDescription | None,
 ) -> Iterator[str]:
     trainer = root.split("/")[1].split("__")[0]
-    shapes = _shapes(plans, description, trainer) if trainer in TRAINERS else None
+    planned, unplanned = _planned(plans, description, trainer)
+    yield from unplanned
     for fold in folds_of(files):
         name, twin = f"fold_{fold}/{FINAL}", f"fold_{fold}/{SAFETENSORS}"
         checkpoint, wrong = read_checkpoint_bytes(files[name])
         yield from (f"{name}: {fault}" for fault in wrong)
         if wrong:
             continue
-        yield from (f"{twin}: {fault}" for fault in same_weights(checkpoint["network_weights"], files.get(twin, b"")))
+        weights = checkpoint["network_weights"]
+        yield from (f"{twin}: {fault}" for fault in same_weights(weights, files.get(twin, b"")))
         yield from (f"{name}: {fault}" for fault in _other_counts(checkpoint, fold, trainer, card, plans))
-        found = {key: tuple(tensor.shape) for key, tensor in checkpoint["network_weights"].items()}
-        if shapes is not None:
-            odd = sorted({key for key in {*found, *shapes} if found.get(key) != shapes.get(key)})
-            yield from (f"{name}: the tensor {key} is not one of the planned network's" for key in odd[:5])
+        yield from (f"{name}: {fault}" for fault in itertools.islice(_odd_tensors(weights, planned), 5))
 
 
-def _shapes(
+def _planned(
     plans: InferencePlans | None, description: DatasetDescription | None, trainer: str
-) -> dict[str, tuple[int, ...]] | None:
-    """Of the planned network; None where the plans are not admitted."""
-    if plans is None or description is None:
-        return None
-    from nnunet_dp.nnunet_inference import network_shapes
+) -> tuple[Mapping[str, Any] | None, tuple[str, ...]]:
+    """The planned network's tensors, None where the plans are not admitted; and why the network is not, if so."""
+    if plans is None or description is None or trainer not in TRAINERS:
+        return None, ()
+    from nnunet_dp.nnunet_inference import planned_tensors
 
     name, _ = plans.configuration
+    told = json.loads(plans.content), name, json.loads(description.content), refines_inside(trainer)
     try:
-        return network_shapes(
-            json.loads(plans.content), name, json.loads(description.content), refines_inside(trainer)
-        )  # fmt: skip
-    except Exception:  # sizes that fit no network fail anywhere in torch
-        return {}
+        return planned_tensors(*told), ()
+    except Refusal as refusal:
+        return None, (f"{PLANS}: {refusal}",)
+    except Exception as error:  # sizes that fit no network fail anywhere in torch
+        return None, (f"{PLANS}: no network can be built from them ({type(error).__name__})",)
+
+
+def _odd_tensors(weights: Mapping[str, torch.Tensor], planned: Mapping[str, Any] | None) -> Iterator[str]:
+    """Tensors that are not the planned network's, or that hold what no network's arithmetic has."""
+    if planned is None:
+        return
+    for name in sorted({*weights, *planned}):
+        tensor, expected = weights.get(name), planned.get(name)
+        if tensor is None or expected is None or tuple(tensor.shape) != expected.shape:
+            yield f"the tensor {name} is not one of the planned network's"
+        elif tensor.dtype != expected.dtype:
+            yield f"the tensor {name} is {tensor.dtype}, the network computes with {expected.dtype}"
+        elif tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            yield f"the tensor {name} holds numbers that are not finite"
+        elif expected.first in weights and not same_bits(tensor, weights[expected.first]):
+            yield f"the tensor {name} differs from {expected.first}, which the network knows as the same"
 
 
 def _other_counts(

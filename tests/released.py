@@ -23,7 +23,7 @@ from nnunet_dp.morphology import FILE, KeepLargest, classes_from, write_morpholo
 from nnunet_dp.nnunet import final_checkpoint
 from nnunet_dp.nnunet_start import planned_network
 from nnunet_dp.planning import plan_configuration
-from nnunet_dp.plans import with_section, write_json
+from nnunet_dp.plans import read_section, with_section, write_json
 from nnunet_dp.released_model import MANIFEST, manifest_of
 from nnunet_dp.run import FINAL, LEDGER, write_checkpoint
 from nnunet_dp.sections import NOT_COVERED, PrivacySection
@@ -32,7 +32,7 @@ from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 BUDGET = PrivacyBudget(epsilon=8, delta=1e-4, unit="patient")
 STRIDES = [[1, 1], [2, 2], [2, 2]]
 PLAN = plan_configuration(BUDGET, 170, (32, 32), STRIDES, lambda shape: 135 * sum(f * f for f in shape), "small")
-STEPS = 5
+STEPS, UNITS = 5, 136
 SECRETS = ("tube_07", "Meier", "hospital-gpu-3")
 _RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
@@ -44,11 +44,18 @@ class FakeModel:
     folder: Path
     ledger: Path
 
+    @property
+    def digest(self) -> str:
+        """Of what its trainings are charged under."""
+        section = read_section(json.loads((self.folder / "plans.json").read_text()))
+        assert section is not None
+        return section.configurations["2d"].privacy_plan(section.budget, "auto_s", UNITS).digest()
+
     def finish(self, fold: str = "0", run: str = "", steps: int = STEPS, learns: bool = True) -> None:
         """What a training of this fold leaves: charges, weights, rules, and much that nobody should get."""
         place, name = self.folder / f"fold_{fold}", run or f"{self.folder.name}/fold_{fold}/0a"
         place.mkdir(parents=True, exist_ok=True)
-        ledger = Ledger(self.ledger, name, "0a", place / LEDGER, BUDGET.unit)
+        ledger = Ledger(self.ledger, name, self.digest, place / LEDGER, BUDGET.unit)
         if learns:
             ledger.charge(SubsampledGaussian(PLAN.morphology.noise_multiplier).charge(MORPHOLOGY, None))
             paid = {"ledger_run": name, "ledger_sequence": ledger.head[0]}

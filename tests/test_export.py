@@ -128,7 +128,7 @@ def test_several_folds_are_charged_together_and_others_are_not(model, tmp_path):
 
 def test_a_charge_after_the_training_is_counted_too(model, tmp_path):
     before = exported(model, tmp_path)[0]["card"]["epsilon"]
-    ledger = Ledger(model.ledger, f"{model.folder.name}/fold_0/0a", "0a", None, BUDGET.unit)
+    ledger = Ledger(model.ledger, f"{model.folder.name}/fold_0/0a", model.digest, None, BUDGET.unit)
     ledger.charge(SubsampledGaussian(2.0).charge("morphology", None))
     assert exported(model, tmp_path, overwrite=True)[0]["card"]["epsilon"] > before
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ordinary_plans import DATASET, ordinary_plans
@@ -56,6 +57,23 @@ def charge(fold: Path, steps, run: str = "model/fold_0/1", copy: bool = True) ->
     ledger = Ledger(dataset_ledger(fold), run, "0a", fold / LEDGER if copy else None, BUDGET.unit)
     for step in steps:
         ledger.charge(MECHANISM.charge("training", step))
+
+
+def ended(charges: int, steps: int, run: str = "model/fold_0/1", trainer: str = "nnUNetTrainerDP") -> dict[str, Any]:
+    return {"init_args": {"run": run, "charges": charges, "steps": steps}, "trainer_name": trainer}
+
+
+def finish(fold: Path, **told: Any) -> None:
+    """Write the final checkpoint."""
+    write_checkpoint(ended(**told), fold / FINAL)
+
+
+@pytest.mark.parametrize("other", [{"run": "model/fold_0/2"}, {"trainer": "nnUNetTrainerDP_PSAC"}])
+def test_the_final_checkpoint_of_another_run_or_trainer_is_refused(fold, other):
+    charge(fold, range(3))
+    finish(fold, charges=3, steps=3, **other)
+    with pytest.raises(Refusal, match="written by another run or trainer"):
+        read_status(fold)
 
 
 def test_a_run_without_a_charge_has_spent_nothing(fold):
@@ -164,12 +182,12 @@ def test_wherever_epsilon_is_printed_delta_and_unit_are_printed_too(fold):
 def test_finished_means_that_the_final_model_is_there(fold):
     charge(fold, [0])
     assert not read_status(fold).finished
-    write_checkpoint({"init_args": {"charges": 1, "steps": 1}}, fold / FINAL)
+    finish(fold, charges=1, steps=1)
     assert read_status(fold).finished
 
 
 @pytest.mark.parametrize(
-    ("name", "content"), [(FINAL, {"init_args": {"charges": 4, "steps": 4}}), (LATEST, {"private": {"step": 4}})]
+    ("name", "content"), [(FINAL, ended(4, 4)), (LATEST, {"private": {"step": 4}})]
 )
 def test_a_checkpoint_that_proves_more_charges_than_there_are_lines_is_refused(fold, name, content):
     charge(fold, range(3))
@@ -203,7 +221,7 @@ def test_a_line_whose_writer_died_in_the_middle_is_left_out(fold):
 
 def test_a_step_that_a_crash_lost_for_good_is_not_called_done(fold):
     charge(fold, [0, 1, 2, 3])
-    write_checkpoint({"init_args": {"charges": 4, "steps": 3}}, fold / FINAL)
+    finish(fold, charges=4, steps=3)
     found = read_status(fold)
     assert (found.steps_done, found.steps_wasted) == (3, 1)
 
@@ -214,7 +232,7 @@ def test_learning_for_refinement_is_spent_but_neither_a_step_nor_a_wasted_one(fo
     running = read_status(fold)
     assert (running.steps_done, running.steps_wasted, running.entries) == (4, 0, 5)
     assert running.epsilon_spent == epsilon_of(read_ledger(dataset_ledger(fold)), BUDGET.delta)
-    write_checkpoint({"init_args": {"charges": 4, "steps": 4}}, fold / FINAL)
+    finish(fold, charges=4, steps=4)
     finished = read_status(fold)
     assert (finished.steps_done, finished.steps_wasted) == (4, 0)
 
@@ -222,14 +240,14 @@ def test_learning_for_refinement_is_spent_but_neither_a_step_nor_a_wasted_one(fo
 def test_the_line_of_morphology_does_not_stand_in_for_a_lost_step(fold):
     learn(fold)
     charge(fold, range(3))
-    write_checkpoint({"init_args": {"charges": 4, "steps": 4}}, fold / FINAL)
+    finish(fold, charges=4, steps=4)
     with pytest.raises(Refusal, match="proves at least 4 charges"):
         read_status(fold)
 
 
 def test_the_final_checkpoint_proves_the_vote_too(fold):
     charge(fold, range(4))
-    write_checkpoint({"init_args": {"charges": 5, "steps": 4}}, fold / FINAL)
+    finish(fold, charges=5, steps=4)
     with pytest.raises(Refusal, match="proves at least 5 charges, found 4"):
         read_status(fold)
     learn(fold)
@@ -300,7 +318,7 @@ def test_a_folder_without_a_private_training_is_refused(fold, wrong):
 
 def test_a_model_whose_own_lines_are_gone_is_not_reported_as_free(fold, monkeypatch):
     charge(fold, range(3), run=f"{fold.parent.name}/fold_0/1")
-    write_checkpoint({"init_args": {"charges": 3, "steps": 3}}, fold / FINAL)
+    finish(fold, charges=3, steps=3, run=f"{fold.parent.name}/fold_0/1")
     (fold / LEDGER).unlink()
     assert read_status(fold).entries == 3
     monkeypatch.delenv("nnUNet_preprocessed")

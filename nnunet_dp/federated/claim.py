@@ -6,13 +6,14 @@ the card says so. Sites become numbers: who took part is theirs to tell.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from nnunet_dp.accounting import which_accountant
 from nnunet_dp.card import ClientLevelRow, SiteRow, canonical_charges, sampler_of
 from nnunet_dp.charges import LedgerEntry, events_of
-from nnunet_dp.claim import Claim
+from nnunet_dp.claim import NO_GUARANTEE_RUNS, Claim
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.summary import SiteSummary, Summary, charges_of_sites, read_summary
 from nnunet_dp.run import FINAL, read_checkpoint
@@ -43,9 +44,14 @@ def federated_claim(model: Path) -> Claim:
     if checkpoint["init_args"].get("run") != told.run:
         raise Refusal(f"{FINAL} in {model.name} was written by another run than federated.json says: --resume mends it")
     charges = charges_of_sites(told)
-    spent = [site for site in told.sites if site.spent is not None]
+    spent = [site for site in told.sites if site.spent]  # a site that spent nothing released nothing
     rows = [_row(number, site, charges.get(site.name)) for number, site in enumerate(spent, 1)]
     return Claim(_fields(told, rows), {_FOLD: (0, int(checkpoint["init_args"]["steps"]))})
+
+
+def _anonymous(words: str) -> str:
+    """Without the name of anybody's dataset."""
+    return re.sub(r"Dataset\d{3}_\S+", "a named dataset", words)
 
 
 def _row(number: int, site: SiteSummary, charged: tuple[LedgerEntry, ...] | None) -> SiteRow:
@@ -65,6 +71,7 @@ def _row(number: int, site: SiteSummary, charged: tuple[LedgerEntry, ...] | None
 
 def _fields(told: Summary, rows: list[SiteRow]) -> dict[str, Any]:
     charges = [row for site in rows for row in site.charges]
+    unguarded = any(site.released_without_guarantee for site in told.sites)
     delta, whole = max(row.delta for row in rows), told.client_level
     level = {name: whole[name] for name in ClientLevelRow.model_fields} if whole else None
     return {
@@ -79,7 +86,7 @@ def _fields(told: Summary, rows: list[SiteRow]) -> dict[str, Any]:
         "clip": None,
         "sampler": sampler_of(charges),
         "accountant": which_accountant(events_of(row.charge for row in charges), delta),
-        "public_inputs": [_PUBLIC, *(f"{what}: {words}" for what, words in told.inputs.items())],
+        "public_inputs": [_PUBLIC, *(f"{what}: {_anonymous(words)}" for what, words in told.inputs.items())],
         "covers": ["weights of the model, which are means of what the sites released"],
-        "not_covered": sorted(told.not_covered),
+        "not_covered": sorted({*told.not_covered, *([NO_GUARANTEE_RUNS] if unguarded else [])}),
     }
