@@ -35,6 +35,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -255,11 +256,12 @@ def fingerprint_command(
             dataset, epsilon, delta, share, patients, patient_column, processes, overwrite
         )  # fmt: skip
         with _progress("Measuring cases") as progress:
-            made = fingerprints.fingerprint_dataset(asked, progress)
+            made = fingerprints.fingerprint_dataset(asked, progress, partial(typer.echo, err=True))
     if as_json:
         typer.echo(json.dumps(made.as_dict()))
         return
-    typer.echo(f"{made.file.name}: {made.reason}")
+    instead = "public plans from phantoms instead, nothing was charged: " if made.how == "drowned" else ""
+    typer.echo(f"{made.file.name}: {instead}{made.reason}")
     if made.how == "private":
         typer.echo(f"epsilon {made.epsilon:.4g} at delta {made.delta:g} per {made.unit} by itself, charged")
     typer.echo("Written." if made.changed else "Nothing changed: it was there already.")

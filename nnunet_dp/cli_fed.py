@@ -150,6 +150,7 @@ def split_command(
       nnunet-dp fed split -d 4 --by column --column scanner --first-id 301 --fold 0
     """
     from nnunet_dp.federated.split import Dealing, split_dataset
+    from nnunet_dp.report import CASE_NOTE
 
     dealing = Dealing(by.value, sites, column, alpha, seed)
     made = split_dataset(dataset, dealing, first_id, fold, patients, patient_column, links=not copy)
@@ -159,6 +160,8 @@ def split_command(
     for site in made:
         value = f", {column} {site.value}" if site.value else ""
         typer.echo(f"{site.folder.name}: {site.units} {site.unit}s, {site.cases} cases{value}")
+    if any(site.unit == "case" for site in made):
+        typer.echo(f"NOTE: {CASE_NOTE}")
     numbers = " ".join(str(first_id + number) for number in range(len(made)))
     typer.echo(f"Next: nnunet-dp fed simulate --datasets {numbers} --mode adp-fl --rounds 20 --epsilon 8")
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from nnunet_dp.nnunet_fingerprint import ballot_for, measure
 from nnunet_dp.nnunet_public_plans import channel_names, described_facts, plans_from_phantoms
 from nnunet_dp.patients import Patients
 from nnunet_dp.plans import json_sha256, read_section, write_json
+from nnunet_dp.report import CASE_NOTE
 from nnunet_dp.run import LEDGER, RunFolder
 from nnunet_dp.sections import FingerprintPlan
 from nnunet_dp.workers import Progress
@@ -120,12 +121,15 @@ class Asked:
 # ---- private -----------------------------------------------------------------------------------------------------
 
 
-def fingerprint_dataset(asked: Asked, progress: Progress | None = None) -> Made:
+def fingerprint_dataset(
+    asked: Asked, progress: Progress | None = None, say: Callable[[str], None] = lambda line: None
+) -> Made:
     """The private fingerprint of a dataset where it can be heard, else plans from phantoms.
 
     Args:
         asked: what was typed.
         progress: told after each case.
+        say: told before anything is charged where the unit is one case.
 
     Raises:
         UsageRefusal: for unknown datasets and budgets without sense, and where another fingerprint lies there.
@@ -139,6 +143,8 @@ def fingerprint_dataset(asked: Asked, progress: Progress | None = None) -> Made:
     reason = _drowned(ballot, budget, asked.share, patients.number)
     if reason is not None:
         return from_phantoms(asked.dataset, None, reason=reason, overwrite=asked.overwrite)
+    if patients.unit == "case":
+        say(f"NOTE: {CASE_NOTE}")
     folder = nnunet_folder("preprocessed") / raw.name
     numbers = {"epsilon": budget.epsilon, "delta": budget.delta, "unit": budget.unit, "share": asked.share}
     numbers |= {"patients": patients.number}

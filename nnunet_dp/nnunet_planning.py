@@ -20,6 +20,7 @@ from torch import nn
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.attacker import true_positive_rate
+from nnunet_dp.declared_weights import refuse_charged_weights
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.morphology import classes_from
 from nnunet_dp.nnunet import PATIENTS, file_sha256, find_patients, preprocessed_folder
@@ -233,6 +234,8 @@ class Draft:
             provenance.fingerprint,
         )
         kept = facts.folder / PATIENTS
+        if self.public_weights is not None:
+            refuse_charged_weights(self.public_weights, facts.folder)
         section = PrivacySection(
             budget=budget,
             patients=patients.number,

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nnunet_dp import randomisation
+from nnunet_dp.declared_weights import refuse_charged_weights
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.forecast import machine_memory_bytes, measure
 from nnunet_dp.nnunet import autocast, file_sha256, model_folder, preprocessed_folder
@@ -151,6 +152,7 @@ def pretrain(
         recipe = PublicStart.model_validate({**recipe.model_dump(), **changes})
         plans[SECTION]["configurations"][configuration]["start"] = recipe.model_dump(mode="json")
     if public_weights is not None:
+        refuse_charged_weights(public_weights, folder)
         adopt(planned_network(plans, configuration, dataset_json), public_weights)  # refuse before anything is made
     _, provenance = ensure_start(
         plans, configuration, dataset_json, folder, device, processes, progress=progress, public_weights=public_weights

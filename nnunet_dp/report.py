@@ -14,7 +14,7 @@ from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import LedgerEntry, epsilon_of
 from nnunet_dp.sections import FingerprintPlan, MorphologyPlan, PrivacySection, covered, not_covered
 
-_CASE_NOTE = (
+CASE_NOTE = (
     "no patients.csv says whose case each case is, so the unit is one case; a patient with several cases is protected "
     "less: give --patients FILE"
 )
@@ -40,7 +40,7 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
         *([("SET BY HAND", f"{', '.join(plan.by_hand)} (noise calibrated to the target)")] if plan.by_hand else []),
         ("covers", "; ".join(covered(section, configuration))),
         ("NOT covered", "; ".join(not_covered(section, configuration))),
-        *([("NOTE", _CASE_NOTE)] if budget.unit == "case" else []),
+        *([("NOTE", CASE_NOTE)] if budget.unit == "case" else []),
     ]
 
 

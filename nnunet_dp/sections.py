@@ -258,6 +258,7 @@ class PrivacySection(_Frozen):
         return self
 
 
+DECLARED_WEIGHTS = "weights_that_were_declared_public"
 RAW_FINGERPRINT = "plans_from_raw_fingerprint"  # epsilon of training *given the plans*
 NOT_COVERED = (
     RAW_FINGERPRINT,
@@ -274,6 +275,9 @@ def not_covered(section: PrivacySection, configuration: str) -> tuple[str, ...]:
     plan = section.configurations.get(configuration)
     mended = section.public_plans is not None or (plan is not None and plan.fingerprint is not None)
     standing = {what for what in NOT_COVERED if not (mended and what == RAW_FINGERPRINT)}
+    started = plan.start if plan is not None else None
+    if section.public_weights_sha256 or (started is not None and started.public_weights_sha256):
+        standing.add(DECLARED_WEIGHTS)
     return tuple(sorted({*standing, *section.not_covered}))
 
 

@@ -151,6 +151,15 @@ def test_without_a_table_of_patients_every_case_is_its_own_unit(raw):
     assert not (sites[0].folder / "patients.csv").exists()
 
 
+def test_the_table_that_a_plan_was_made_with_is_remembered(raw, monkeypatch):
+    kept = raw.parent.parent / "preprocessed" / raw.name
+    kept.mkdir(parents=True)
+    (raw / "patients.csv").rename(kept / "patients.csv")
+    monkeypatch.setenv("nnUNet_preprocessed", str(kept.parent))
+    sites = split_dataset("4", Dealing("random", 2), 301)
+    assert all(site.unit != "case" and (site.folder / "patients.csv").is_file() for site in sites)
+
+
 def test_an_inferred_grouping_stays_inferred_at_the_sites(raw):
     add_column(raw, "patient_source", lambda case, patient: "inferred")
     (site, _) = split_dataset("4", Dealing("random", 2), 301)

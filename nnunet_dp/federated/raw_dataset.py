@@ -91,7 +91,8 @@ def read_raw(folder: Path, patients_file: Path | None = None, column: str | None
 
     Args:
         folder: of the dataset.
-        patients_file: CSV of case,patient; None takes the dataset's own ``patients.csv``, if there is one.
+        patients_file: CSV of case,patient; None takes the dataset's own ``patients.csv``, else the one that
+            ``nnunet-dp plan`` kept in the preprocessed folder.
         column: its column that names the unit.
 
     Raises:
@@ -101,11 +102,17 @@ def read_raw(folder: Path, patients_file: Path | None = None, column: str | None
     files = _listed(folder, description) if "dataset" in description else _found(folder, description["file_ending"])
     if not files:
         raise UsageRefusal(f"{folder.name} should hold training cases in imagesTr and labelsTr, found none")
-    table = patients_file or (folder / PATIENTS if (folder / PATIENTS).is_file() else None)
+    table = patients_file or next((file for file in _tables(folder) if file.is_file()), None)
     if table is None:
         return RawDataset(folder, description, files, cases_as_units(files))
     held_out = {_case_of(file, description["file_ending"]) for file in _files(folder / "imagesTs")}
     return RawDataset(folder, description, files, read_patients(table, column, set(files), held_out))
+
+
+def _tables(folder: Path) -> list[Path]:
+    """Where a dataset's own table of patients may lie."""
+    base = os.environ.get("nnUNet_preprocessed")
+    return [folder / PATIENTS, *([Path(base) / folder.name / PATIENTS] if base else [])]
 
 
 def _files(folder: Path) -> list[Path]:
