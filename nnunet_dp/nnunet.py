@@ -25,6 +25,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
 from nnunet_dp.patients import (
@@ -72,7 +73,7 @@ def dataset_cases(folder: Path) -> list[str]:
     Raises:
         UsageRefusal: when the folder holds no reference segmentations yet.
     """
-    ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+    ending = read_description(folder / "dataset.json")["file_ending"]
     references = folder / "gt_segmentations"
     names = [file.name for file in references.glob(f"*{ending}")] if references.is_dir() else []
     if not names:
@@ -115,7 +116,7 @@ def _refuse_other_units(patients: Patients, folder: Path) -> None:
 
 def _held_out(folder: Path) -> set[str]:
     """Cases of the raw dataset's imagesTs: they may have rows in a patients file, and are no training slots."""
-    ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+    ending = read_description(folder / "dataset.json")["file_ending"]
     images = Path(str(nnUNet_raw)) / folder.name / "imagesTs" if nnUNet_raw.is_set() else None
     files = images.glob(f"*_0000{ending}") if images is not None and images.is_dir() else ()
     return {file.name.removesuffix(f"_0000{ending}") for file in files}

@@ -6,7 +6,6 @@ and dataset.json, and the result becomes a plans file that nnU-Net understands.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import nn
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.attacker import true_positive_rate
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.morphology import classes_from
 from nnunet_dp.nnunet import PATIENTS, file_sha256, find_patients, preprocessed_folder
@@ -33,6 +33,7 @@ from nnunet_dp.plans import (
     SECTION,
     for_one_configuration,
     plans_name,
+    read_json,
     read_section,
     shrunk_architecture,
     with_section,
@@ -202,7 +203,7 @@ class Draft:
         source = _read_plans(folder, self.plans)
         _refuse_configuration(source, self.configuration)
         patients = find_patients(folder, self.patients_file, self.patient_column, self.overwrite)
-        return DatasetFacts(folder, source, json.loads((folder / "dataset.json").read_text()), patients)
+        return DatasetFacts(folder, source, read_description(folder / "dataset.json"), patients)
 
     def _planned(self, epsilon: float, facts: DatasetFacts) -> tuple[dict[str, Any], PlanReport]:
         private, section = self.private(facts, self._budget(epsilon, facts.patients))
@@ -290,7 +291,7 @@ def _merge_into(
 ) -> bool:
     """Write the private plans, keeping what the file already plans for other configurations; whether it changed."""
     if file.is_file():
-        old = json.loads(file.read_text())
+        old = read_json(file)
         before = read_section(old)
         if before is None:
             raise UsageRefusal(f"{file.name} holds plans without privacy: choose another name with -o")
@@ -321,7 +322,7 @@ def _read_plans(folder: Path, plans: str) -> dict[str, Any]:
     if not file.is_file():
         found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
         raise UsageRefusal(f"{folder.name} has no plans {plans}; found: {found}. Run nnUNetv2_plan_and_preprocess")
-    content = json.loads(file.read_text())
+    content = read_json(file)
     if read_section(content) is not None:
         raise UsageRefusal(f"{plans} are private plans already: start from the plans they were made from")
     return content

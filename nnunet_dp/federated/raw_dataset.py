@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.patients import Patients, cases_as_units, read_patients
 from nnunet_dp.splits import fold_slots, make_splits
@@ -97,7 +98,7 @@ def read_raw(folder: Path, patients_file: Path | None = None, column: str | None
     Raises:
         UsageRefusal: when there is no case, or a case without files.
     """
-    description = json.loads((folder / "dataset.json").read_text())
+    description = read_description(folder / "dataset.json")
     files = _listed(folder, description) if "dataset" in description else _found(folder, description["file_ending"])
     if not files:
         raise UsageRefusal(f"{folder.name} should hold training cases in imagesTr and labelsTr, found none")
