@@ -28,7 +28,11 @@ def read_description(file: Path) -> dict[str, Any]:
     Raises:
         UsageRefusal: when it cannot be read, is not JSON, or lacks one of them or numbers for labels.
     """
-    content = read_json(file)
+    return checked(read_json(file))
+
+
+def checked(content: Any) -> dict[str, Any]:
+    """The same description, or the refusal of ``read_description``."""
     if not isinstance(content, dict):
         raise UsageRefusal(f"{FILE} should hold an object, found a {type(content).__name__}: write it anew {_HOW}")
     names = {"channel_names": ("channel_names", "modality"), "labels": ("labels",), "file_ending": ("file_ending",)}

@@ -30,7 +30,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch._dynamo import OptimizedModule
 
-from nnunet_dp import nnunet
+from nnunet_dp import description, nnunet
 from nnunet_dp import plans as private_plans
 from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import epsilon_of
@@ -106,6 +106,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         options = nnunet.calling_options()
         self._refuse_options(options, device)
+        description.checked(dataset_json)
         if private_plans.read_section(plans) is None:
             continue_training = plans.get("continue_training", False)
             ordinary = {key: value for key, value in plans.items() if key != "continue_training"}

@@ -99,7 +99,7 @@ def read_raw(folder: Path, patients_file: Path | None = None, column: str | None
         UsageRefusal: when there is no case, or a case without files.
     """
     description = read_description(folder / "dataset.json")
-    files = _listed(folder, description) if "dataset" in description else _found(folder, description["file_ending"])
+    files = case_files(folder, description)
     if not files:
         raise UsageRefusal(f"{folder.name} should hold training cases in imagesTr and labelsTr, found none")
     table = patients_file or (folder / PATIENTS if (folder / PATIENTS).is_file() else None)
@@ -107,6 +107,15 @@ def read_raw(folder: Path, patients_file: Path | None = None, column: str | None
         return RawDataset(folder, description, files, cases_as_units(files))
     held_out = {_case_of(file, description["file_ending"]) for file in _files(folder / "imagesTs")}
     return RawDataset(folder, description, files, read_patients(table, column, set(files), held_out))
+
+
+def case_files(folder: Path, description: Mapping[str, Any]) -> dict[str, CaseFiles]:
+    """Files of all training cases of a raw dataset.
+
+    Raises:
+        UsageRefusal: for a case without labels, or a listed file that is missing.
+    """
+    return _listed(folder, description) if "dataset" in description else _found(folder, description["file_ending"])
 
 
 def _files(folder: Path) -> list[Path]:
