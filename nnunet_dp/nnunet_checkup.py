@@ -55,8 +55,13 @@ class DatasetCheckup:
     plans_name: str = "nnUNetPlans"
     cases: int = 3
 
-    def findings(self) -> Iterator[Finding]:
+    def findings(self) -> tuple[Finding, ...]:
         """All findings, the independent ones first."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", TornLineWarning)  # told once, by the ledger's finding
+            return tuple(self._findings())
+
+    def _findings(self) -> Iterator[Finding]:
         again = f"nnUNetv2_plan_and_preprocess -d {self.dataset} --verify_dataset_integrity"
         yield examined("raw dataset", self._raw, f"mend the raw dataset, then {again}")
         prepared = examined("preprocessed dataset", self._prepared, again)

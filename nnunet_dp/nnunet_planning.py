@@ -43,6 +43,7 @@ from nnunet_dp.report import describe
 from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT, ByHand, Compute, ConfigurationPlan, PrivacySection
 
 DEFAULT_EPSILON = 8.0
+FEWEST_UNITS = 2
 LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range
 
 
@@ -215,6 +216,11 @@ class Draft:
     def private(self, facts: DatasetFacts, budget: PrivacyBudget) -> tuple[dict[str, Any], PrivacySection]:
         """The dataset's plans with a private section, in memory."""
         source, dataset_json, patients = facts.plans, facts.dataset_json, facts.patients
+        if patients.number < FEWEST_UNITS:
+            raise UsageRefusal(
+                f"a private training should have {FEWEST_UNITS} {patients.unit}s or more, found {patients.number}: one "
+                f"to learn from and one to validate on; mend patients.csv, or add {patients.unit}s"
+            )
         provenance = provenance_of(facts.folder, source)
         starts = self.public_start and self.public_weights is None  # declared weights are a start by themselves
         manager = PlansManager(source).get_configuration(self.configuration)
