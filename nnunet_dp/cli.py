@@ -515,6 +515,10 @@ morph = typer.Typer(
 
     A private training learns its rules by itself, once, from a share of its budget that the plan reserves; they lie in
     MODEL/fold_X/morphology.json (what folds agree on: MODEL/morphology.json), and `nnunet-dp predict` applies them.
+
+    \b
+    Example:
+      nnunet-dp morph apply -i predictions -o refined -m $nnUNet_results/Dataset004_Hippocampus/MODEL/morphology.json
     """,
     no_args_is_help=True,
     rich_markup_mode=None,
