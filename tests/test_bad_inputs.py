@@ -283,7 +283,7 @@ def test_a_disk_that_fills_up_loses_nothing_and_the_training_goes_on(place):
     model = Model(place, "nnUNetTrainerDP_AutoS", PRIVATE)
     with model.training() as process:
         wait_until(lambda: len(place.charges()) >= 3, process)
-        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))  # no file grows any more
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))  # no checkpoint fits
         assert process.wait(timeout=300) == 1
     said, charged = (place.root / "console.txt").read_text(), place.charges()
     assert "Traceback" not in said and "--c" in said.splitlines()[-1]
