@@ -279,7 +279,7 @@ def test_a_full_disk_stops_before_the_first_charge_and_what_is_there_stays(place
 @slow
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of a running process are Linux's")
 def test_a_disk_that_fills_up_loses_nothing_and_the_training_goes_on(place):
-    set_steps(place, 40)
+    set_steps(place, 10)
     model = Model(place, "nnUNetTrainerDP_AutoS", PRIVATE)
     with model.training() as process:
         wait_until(lambda: len(place.charges()) >= 3, process)
@@ -287,10 +287,24 @@ def test_a_disk_that_fills_up_loses_nothing_and_the_training_goes_on(place):
         assert process.wait(timeout=300) == 1
     said, charged = (place.root / "console.txt").read_text(), place.charges()
     assert "Traceback" not in said and "--c" in said.splitlines()[-1]
-    assert chain_holds(charged) and 3 <= len(charged) < 40
+    assert chain_holds(charged) and 3 <= len(charged) < 10
     model.train("--c")
     assert model.status()["finished"] and place.charges()[: len(charged)] == charged
-    assert len(place.charges()) <= 40
+    assert len(place.charges()) <= 10
+
+
+@slow
+def test_a_case_that_breaks_after_the_first_charge_counts_as_nothing_and_no_error_tells(place):
+    set_steps(place, 10)
+    model = Model(place, "nnUNetTrainerDP_AutoS", PRIVATE)
+    with model.training() as process:
+        wait_until(lambda: len(place.charges()) >= 2, process)
+        case = json.loads((place.preprocessed / "splits_final.json").read_text())[0]["train"][0]
+        (place.preprocessed / "nnUNetPlans_2d" / f"{case}.b2nd").unlink()
+        assert process.wait(timeout=300) == 0
+    said = (place.root / "console.txt").read_text()
+    assert model.status()["finished"] and len(place.charges()) == 10
+    assert "Traceback" not in said and not [word for word in private_words(place) if word in said]
 
 
 @slow
