@@ -2,7 +2,7 @@
 
 A file that cannot be read, a voxel that is no number or a label that does not exist would end a training after its
 first charges, and each attempt would be charged again. So every case of the fold is read whole, once; the result is
-kept beside the cases and holds until one of their files changes.
+kept in the preprocessed folder and holds until one of their files changes.
 
 ==============================================  =====================================
 a case                                          what becomes of the training
@@ -41,7 +41,7 @@ from nnunet_dp.nnunet_files import SegmentationFiles
 from nnunet_dp.plans import json_sha256, read_json, write_json
 from nnunet_dp.workers import Progress, in_order
 
-KEPT = "nnunet_dp_cases_read.json"
+KEPT = "nnunet_dp_cases_read"  # a folder beside the configurations': inside them nnU-Net knows only its own files
 UNREADABLE, NOT_NUMBERS = "cannot be read", "hold voxels that are no numbers"
 UNKNOWN_LABELS, OTHER_CHANNELS = "hold labels that dataset.json does not know", "have other channels than dataset.json"
 BAD_REFERENCE = "have a reference in gt_segmentations that cannot be read"
@@ -72,6 +72,11 @@ class CaseReader:
     def ending(self) -> str:
         """Of the references' files."""
         return self.dataset_json["file_ending"]
+
+    @property
+    def kept(self) -> Path:
+        """What was read and found sound, until one of its files changes."""
+        return self.references.parent / KEPT / f"{self.folder.name}.json"
 
     def fault(self, case: str) -> str | None:
         """What is wrong with one case; ``""`` for none and foreground, None for none and no foreground."""
@@ -111,7 +116,7 @@ def refuse_unusable(
         Refusal: saying what is wrong with how many cases, and how to see which.
     """
     files = _files(reader, cases)
-    kept = reader.folder / KEPT
+    kept = reader.kept
     before = _known(kept)
     fresh = sorted(case for case in cases if before.get(case) != files[case])
     workers = processes if len(fresh) >= _MANY else 1  # a process takes seconds to start
@@ -127,6 +132,7 @@ def refuse_unusable(
         )
     sound = {case: files[case] for case in fresh if case not in empty}
     if sound:
+        kept.parent.mkdir(exist_ok=True)
         write_json({**before, **sound}, kept)
 
 

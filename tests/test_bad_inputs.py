@@ -71,8 +71,8 @@ def files_of(place: Workplace) -> dict[str, bytes]:
     """Every file of the dataset and its models but what a training writes for itself (logs, what it has read)."""
     folders = (place.raw, place.preprocessed, place.results)
     files = (file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file())
-    own = ("training_log", "training.lock", "nnunet_dp_cases_read", "splits_final", "plans.json", "dataset")
-    return {str(file): file.read_bytes() for file in files if not file.name.startswith(own)}
+    own = ("training_log", "training.lock", "splits_final", "plans.json", "dataset")
+    return {str(file): file.read_bytes() for file in files if not file.name.startswith(own) and "cases_read" not in str(file)}
 
 
 # ---- nnunet-dp ---------------------------------------------------------------------------------------------------

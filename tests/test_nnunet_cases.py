@@ -11,12 +11,11 @@ import blosc2
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class, nnUNetDatasetBlosc2
 
 from nnunet_dp.errors import Refusal
 from nnunet_dp.nnunet_cases import (
     BAD_REFERENCE,
-    KEPT,
     NOT_NUMBERS,
     OTHER_CHANNELS,
     UNKNOWN_LABELS,
@@ -106,13 +105,14 @@ def test_a_faulty_case_is_read_again_each_time(reader):
     for _ in range(2):
         with pytest.raises(Refusal, match="line 3"):
             refuse_unusable(reader, CASES)
-    assert not (reader.folder / KEPT).exists()
+    assert not reader.kept.exists()
 
 
 def test_what_was_kept_and_cannot_be_understood_is_read_again(reader):
-    (reader.folder / KEPT).write_text("[1")
+    reader.kept.parent.mkdir()
+    reader.kept.write_text("[1")
     refuse_unusable(reader, CASES)
-    assert "bert" in (reader.folder / KEPT).read_text()
+    assert "bert" in reader.kept.read_text()
 
 
 def test_a_healthy_patient_is_fine_and_nobody_but_healthy_ones_are_refused(reader):
@@ -127,4 +127,6 @@ def test_a_healthy_patient_is_fine_and_nobody_but_healthy_ones_are_refused(reade
 
 def test_the_kept_file_disturbs_neither_nnunet_nor_a_resumed_run(reader):
     refuse_unusable(reader, CASES)
+    assert reader.kept.is_file()
+    assert infer_dataset_class(str(reader.folder)) is nnUNetDatasetBlosc2  # refuses files that it does not know
     assert sorted(nnUNetDatasetBlosc2.get_identifiers(str(reader.folder))) == sorted(CASES)
