@@ -32,6 +32,7 @@ from doors import (
 )
 
 from nnunet_dp.cli import main
+from nnunet_dp.nnunet_cases import KEPT
 
 PRIVATE = "nnUNetPlansDP_eps8"
 PLAN = ("plan", "-d", "312", "-c", "2d", "--no-start", "-o", "Bad")
@@ -71,8 +72,9 @@ def files_of(place: Workplace) -> dict[str, bytes]:
     """Every file of the dataset and its models but what a training writes for itself (logs, what it has read)."""
     folders = (place.raw, place.preprocessed, place.results)
     files = (file for folder in folders if folder.is_dir() for file in folder.rglob("*") if file.is_file())
-    own = ("training_log", "training.lock", "splits_final", "plans.json", "dataset")
-    return {str(file): file.read_bytes() for file in files if not file.name.startswith(own) and "cases_read" not in str(file)}
+    own = ("training_log", "training.lock", "splits_final")
+    kept = (file for file in files if not file.name.startswith(own) and file.parent.name != KEPT)
+    return {str(file): file.read_bytes() for file in kept}
 
 
 # ---- nnunet-dp ---------------------------------------------------------------------------------------------------

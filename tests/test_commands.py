@@ -1,5 +1,7 @@
 """Every command of ``nnunet-dp``, found by walking the app: help, example, JSON; docs/commands.md is current."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -60,3 +62,18 @@ def test_docs_commands_is_what_the_script_writes():
     done = subprocess.run([sys.executable, str(script), "--print"], capture_output=True, text=True, check=True)
     written = (CHECKOUT / "docs" / "commands.md").read_text()
     assert done.stdout == written, "type: python setup_scripts/write_commands.py"
+
+
+def test_ctrl_c_ends_with_130_one_line_and_what_to_type(tmp_path):
+    """As a terminal sends it: to the command and to all of its processes."""
+    drawing = ["phantom", str(tmp_path), "--kind", "hippocampus", "--patients", "60", "--seed", "1"]
+    command = [sys.executable, "-m", "nnunet_dp", *drawing]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, start_new_session=True, text=True, **pipes) as process:
+        assert process.stderr is not None
+        begun = process.stderr.readline()
+        os.killpg(process.pid, signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert begun.startswith("Drawing cases") and process.returncode == 130
+    assert "Traceback" not in said and said.splitlines()[-1].startswith("nnunet-dp: interrupted")
+    assert "type the same command again" in said
