@@ -14,6 +14,7 @@ predict    :func:`nnunet_dp.prediction.predict`             nnU-Net's output, an
 evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with intervals
 export     :func:`nnunet_dp.export.export_model`            the archive, its claim and what to type next
 verify     :func:`nnunet_dp.verify.verify`                  what an archive holds, and its faults
+doctor     :mod:`nnunet_dp.cli_doctor`                      what would keep a training from running
 fed        :mod:`nnunet_dp.cli_fed`                         what a federated run does and comes to
 =========  ===============================================  =====================================
 
@@ -42,6 +43,7 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_dp import TRAINER_NAMES, __version__
+from nnunet_dp.cli_doctor import doctor
 from nnunet_dp.cli_fed import fed
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.workers import Progress, is_tenth
@@ -83,6 +85,7 @@ class Compute(str, enum.Enum):
     small = "small"
 
 
+INTERRUPTED = 130  # as shells say it
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
@@ -99,15 +102,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=arguments, prog_name="nnunet-dp", obj=settings)
     except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's own
+            return _interrupted()
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
-        return 130
+        return _interrupted()
     except (Refusal, ValueError, OSError) as error:
         if settings.debug:
             raise
         typer.echo(f"nnunet-dp: {_one_line(error)}", err=True)
         return error.exit_code if isinstance(error, Refusal) else Refusal.exit_code
     return 0
+
+
+def _interrupted() -> int:
+    typer.echo(
+        "nnunet-dp: interrupted. What was charged stays charged, and no file is half written. To go on, type the same "
+        "command again (`fed simulate` and `fed run`: with --resume)",
+        err=True,
+    )
+    return INTERRUPTED
 
 
 def _show_version(wanted: bool) -> None:
@@ -503,12 +517,17 @@ morph = typer.Typer(
 
     A private training learns its rules by itself, once, from a share of its budget that the plan reserves; they lie in
     MODEL/fold_X/morphology.json (what folds agree on: MODEL/morphology.json), and `nnunet-dp predict` applies them.
+
+    \b
+    Example:
+      nnunet-dp morph apply -i predictions -o refined -m $nnUNet_results/Dataset004_Hippocampus/MODEL/morphology.json
     """,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 app.add_typer(morph, name="morph")
 app.add_typer(fed, name="fed")
+app.add_typer(doctor)
 
 
 @morph.command("learn")

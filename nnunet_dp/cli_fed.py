@@ -36,6 +36,11 @@ fed = typer.Typer(
 
     On one machine: split a dataset, simulate. In earnest: each hospital runs init-site and site, a coordinator runs
     server and run. Needs the extra: pip install 'nnunet-dp[federated]'.
+
+    \b
+    Example:
+      nnunet-dp fed split -d 4 --sites 4 --first-id 301
+      nnunet-dp fed simulate --datasets 301 302 303 304 --mode adp-fl --rounds 20 --epsilon 8
     """,
     no_args_is_help=True,
     rich_markup_mode=None,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 FLOAT64_SUM = 8  # bytes of a parameter in the clipped sum; noise and average add two float32 or less
+MEMORY = Path("/proc/meminfo")  # Linux
 CONTAINER_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))  # v2, v1
 BYTES_PER_PARAMETER = 4 + 4 + 4 + FLOAT64_SUM  # weight, gradient, average, sum
 
@@ -76,6 +77,15 @@ def machine_memory_bytes() -> int:
     whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     written = [file.read_text().strip() for file in CONTAINER_LIMITS if file.is_file()]
     return min([whole, *(int(limit) for limit in written if limit.isdigit())])
+
+
+def available_memory_bytes(device: torch.device) -> int:
+    """Memory that a training could have now: of the card, or of this machine or container."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    told = dict(line.split(":", 1) for line in MEMORY.read_text().splitlines()) if MEMORY.is_file() else {}
+    free = told.get("MemAvailable", "").split()
+    return min([machine_memory_bytes(), *([int(free[0]) * 1024] if free else [])])
 
 
 def _once(

@@ -25,6 +25,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
 
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import read_ledger, refuse_other_units
 from nnunet_dp.patients import (
@@ -72,7 +73,7 @@ def dataset_cases(folder: Path) -> list[str]:
     Raises:
         UsageRefusal: when the folder holds no reference segmentations yet.
     """
-    ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+    ending = read_description(folder / "dataset.json")["file_ending"]
     references = folder / "gt_segmentations"
     names = [file.name for file in references.glob(f"*{ending}")] if references.is_dir() else []
     if not names:
@@ -92,19 +93,25 @@ def find_patients(folder: Path, file: Path | None = None, column: str | None = N
         column: its column that names the unit.
         replace: whether a differing copy may be replaced (never once the ledger holds charges).
     """
+    patients, from_source = known_patients(folder, file, column)
+    if from_source:
+        _keep_patients(patients, folder / PATIENTS, replace)
+    return patients
+
+
+def known_patients(folder: Path, file: Path | None = None, column: str | None = None) -> tuple[Patients, bool]:
+    """As ``find_patients``, without writing: the units, and whether they come from outside the preprocessed folder."""
     cases, kept = dataset_cases(folder), folder / PATIENTS
     raw = Path(str(nnUNet_raw)) / folder.name / PATIENTS if nnUNet_raw.is_set() else None
     source = file or (raw if raw is not None and raw.is_file() else None)
     if source is None:
-        found = read_patients(kept, None, cases) if kept.is_file() else cases_as_units(cases)
-        _refuse_other_units(found, folder)
-        return found
-    if file is None and column is None and kept.is_file():
-        column = read_patients(kept, None, cases).column  # the column chosen when the copy was made
-    patients = read_patients(source, column, cases, _held_out(folder))
+        patients = read_patients(kept, None, cases) if kept.is_file() else cases_as_units(cases)
+    else:
+        if file is None and column is None and kept.is_file():
+            column = read_patients(kept, None, cases).column  # the column chosen when the copy was made
+        patients = read_patients(source, column, cases, _held_out(folder))
     _refuse_other_units(patients, folder)
-    _keep_patients(patients, kept, replace)
-    return patients
+    return patients, source is not None
 
 
 def _refuse_other_units(patients: Patients, folder: Path) -> None:
@@ -115,7 +122,7 @@ def _refuse_other_units(patients: Patients, folder: Path) -> None:
 
 def _held_out(folder: Path) -> set[str]:
     """Cases of the raw dataset's imagesTs: they may have rows in a patients file, and are no training slots."""
-    ending = json.loads((folder / "dataset.json").read_text())["file_ending"]
+    ending = read_description(folder / "dataset.json")["file_ending"]
     images = Path(str(nnUNet_raw)) / folder.name / "imagesTs" if nnUNet_raw.is_set() else None
     files = images.glob(f"*_0000{ending}") if images is not None and images.is_dir() else ()
     return {file.name.removesuffix(f"_0000{ending}") for file in files}
@@ -160,9 +167,18 @@ def find_splits(folder: Path, patients: Patients) -> Splits:
     Raises:
         Refusal: for a split with one patient on both sides.
     """
-    file, cases = folder / SPLITS, dataset_cases(folder)
+    file = folder / SPLITS
+    splits = known_splits(folder, patients)
     if not file.is_file():
-        write_json(make_splits(patients, cases, key=f"nnunet_dp splits 1 {folder.name}".encode()), file)
+        write_json(splits, file)
+    return splits
+
+
+def known_splits(folder: Path, patients: Patients) -> Splits:
+    """As ``find_splits``, without writing: those that are there, or those that would be made."""
+    file = folder / SPLITS
+    if not file.is_file():
+        return make_splits(patients, dataset_cases(folder), key=f"nnunet_dp splits 1 {folder.name}".encode())
     try:
         splits = json.loads(file.read_text())
     except ValueError:

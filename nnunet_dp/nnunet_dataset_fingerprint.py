@@ -24,11 +24,13 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.charges import FINGERPRINT, epsilon_of
-from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.raw_dataset import nnunet_folder, raw_folder, read_raw
+from nnunet_dp.federated.site_settings import LARGEST_EPSILON
 from nnunet_dp.fingerprint import (
     SHARE,
     Ballot,
+    Values,
     as_nnunet,
     deviation_of,
     estimates,
@@ -110,8 +112,10 @@ class Asked:
 
     def budget(self, patients: Patients) -> PrivacyBudget:
         """Of the whole: fingerprint, training, morphology."""
-        if not self.epsilon > 0 or not 0 < self.share <= LARGEST_SHARE:
-            raise UsageRefusal(f"epsilon should be above 0 and the share in (0, {LARGEST_SHARE}]: try --share 0.1")
+        if not 0 < self.epsilon <= LARGEST_EPSILON:
+            raise UsageRefusal(f"epsilon should lie in (0, {LARGEST_EPSILON:g}], found {self.epsilon:g}: 8 is usual")
+        if not 0 < self.share <= LARGEST_SHARE:
+            raise UsageRefusal(f"the share should lie in (0, {LARGEST_SHARE}], found {self.share:g}: try --share 0.1")
         delta = self.delta if self.delta is not None else default_delta(patients.number)
         if not 0 < delta * patients.number < 1:
             raise UsageRefusal(f"delta should lie in (0, 1 / number of {patients.unit}s), found {delta:g}: try 1e-5")
@@ -214,7 +218,7 @@ def _release(
     RunFolder(results / FINGERPRINT / name, folder / LEDGER, results).verify_ledger()
     if (folder / LEDGER).is_file():
         refuse_other_units(read_ledger(folder / LEDGER), patients.unit, patients.table_sha256)
-    values = measure(raw, asked.processes, progress)
+    values = _measured(raw, asked, progress)
     grouped = patients.cases_of(values)
     votes = np.sum([ballot.votes([values[case] for case in mine]) for mine in grouped.values()], axis=0)
     copy = results / FINGERPRINT / name / LEDGER
@@ -224,6 +228,17 @@ def _release(
     mechanism = mechanism_for(budget, asked.share)
     noised = release(ballot, votes, mechanism, ledger.charge(mechanism.charge(FINGERPRINT, step=None)))
     return {**numbers, "run": run, "noise_multiplier": mechanism.noise_multiplier, "votes": noised.tolist()}
+
+
+def _measured(raw: Path, asked: Asked, progress: Progress | None) -> dict[str, Values]:
+    """Before the charge, on the machine that holds the data: a case that cannot be read may be told of."""
+    try:
+        return measure(raw, asked.processes, progress)
+    except Exception as error:  # whatever a reader raises; its message names the case
+        raise Refusal(
+            f"nnU-Net should read every raw case, found one that it cannot ({type(error).__name__}); nothing was "
+            f"charged. See which: nnunet-dp doctor -d {asked.dataset} --cases 100000"
+        ) from None
 
 
 def _write(

@@ -6,7 +6,6 @@ and dataset.json, and the result becomes a plans file that nnU-Net understands.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import nn
 from nnunet_dp.accounting import PrivacyBudget, default_delta
 from nnunet_dp.attacker import true_positive_rate
 from nnunet_dp.declared_weights import refuse_charged_weights
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.morphology import classes_from
 from nnunet_dp.nnunet import PATIENTS, file_sha256, find_patients, preprocessed_folder
@@ -34,6 +34,7 @@ from nnunet_dp.plans import (
     SECTION,
     for_one_configuration,
     plans_name,
+    read_json,
     read_section,
     shrunk_architecture,
     with_section,
@@ -43,6 +44,7 @@ from nnunet_dp.report import describe
 from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT, ByHand, Compute, ConfigurationPlan, PrivacySection
 
 DEFAULT_EPSILON = 8.0
+FEWEST_UNITS = 2
 LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range
 
 
@@ -203,7 +205,7 @@ class Draft:
         source = _read_plans(folder, self.plans)
         _refuse_configuration(source, self.configuration)
         patients = find_patients(folder, self.patients_file, self.patient_column, self.overwrite)
-        return DatasetFacts(folder, source, json.loads((folder / "dataset.json").read_text()), patients)
+        return DatasetFacts(folder, source, read_description(folder / "dataset.json"), patients)
 
     def _planned(self, epsilon: float, facts: DatasetFacts) -> tuple[dict[str, Any], PlanReport]:
         private, section = self.private(facts, self._budget(epsilon, facts.patients))
@@ -215,6 +217,11 @@ class Draft:
     def private(self, facts: DatasetFacts, budget: PrivacyBudget) -> tuple[dict[str, Any], PrivacySection]:
         """The dataset's plans with a private section, in memory."""
         source, dataset_json, patients = facts.plans, facts.dataset_json, facts.patients
+        if patients.number < FEWEST_UNITS:
+            raise UsageRefusal(
+                f"a private training should have {FEWEST_UNITS} {patients.unit}s or more, found {patients.number}: one "
+                f"to learn from and one to validate on; mend patients.csv, or add {patients.unit}s"
+            )
         provenance = provenance_of(facts.folder, source)
         starts = self.public_start and self.public_weights is None  # declared weights are a start by themselves
         manager = PlansManager(source).get_configuration(self.configuration)
@@ -293,7 +300,7 @@ def _merge_into(
 ) -> bool:
     """Write the private plans, keeping what the file already plans for other configurations; whether it changed."""
     if file.is_file():
-        old = json.loads(file.read_text())
+        old = read_json(file)
         before = read_section(old)
         if before is None:
             raise UsageRefusal(f"{file.name} holds plans without privacy: choose another name with -o")
@@ -324,7 +331,7 @@ def _read_plans(folder: Path, plans: str) -> dict[str, Any]:
     if not file.is_file():
         found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
         raise UsageRefusal(f"{folder.name} has no plans {plans}; found: {found}. Run nnUNetv2_plan_and_preprocess")
-    content = json.loads(file.read_text())
+    content = read_json(file)
     if read_section(content) is not None:
         raise UsageRefusal(f"{plans} are private plans already: start from the plans they were made from")
     return content

@@ -47,7 +47,7 @@ from nnunet_dp.plans import read_section, without_patients_digest, write_json
 from nnunet_dp.run import LEDGER
 from nnunet_dp.sections import ConfigurationPlan, FingerprintPlan
 from nnunet_dp.splits import fold_slots
-from nnunet_dp.unusable import EmptyWhereUnusable
+from nnunet_dp.unusable import EmptyWhereUnusable, target_shapes
 from nnunet_dp.workers import in_order
 
 Case = tuple[str, list[str], str]
@@ -307,9 +307,8 @@ def _patch_source(
     )
     patch, count = tuple(configured.patch_size), plan.patches_per_patient
     source = nnunet.PatchSource(dataset_class(str(data), cases), count, patch, patch, labels, _FOREGROUND, transforms)
-    scales = _scales(configured) or [[1.0] * len(patch)]
     depth = len(labels.foreground_regions) if labels.has_regions else 1
-    targets = tuple((count, depth, *np.round(np.multiply(patch, scale)).astype(int).tolist()) for scale in scales)
+    targets = target_shapes(count, depth, patch, _scales(configured))
     ignored = [] if labels.ignore_label is None else [labels.ignore_label]
     known = None if labels.has_regions else {0, *labels.foreground_labels, *ignored}
     return EmptyWhereUnusable(source, (count, channels, *patch), targets, known)

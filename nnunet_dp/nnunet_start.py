@@ -28,6 +28,7 @@ from torch.nn import functional
 
 from nnunet_dp import randomisation
 from nnunet_dp.declared_weights import refuse_charged_weights
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.forecast import machine_memory_bytes, measure
 from nnunet_dp.nnunet import autocast, file_sha256, model_folder, preprocessed_folder
@@ -36,7 +37,7 @@ from nnunet_dp.nnunet_public_plans import public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
 from nnunet_dp.planning import TRAINING_SHARE
-from nnunet_dp.plans import SECTION, configuration_plan, json_sha256, read_section, write_json
+from nnunet_dp.plans import SECTION, configuration_plan, json_sha256, read_json, read_section, write_json
 from nnunet_dp.public_start import LabelledImage, Phantoms, learn, only_one, read_start, start_file, write_start
 from nnunet_dp.sections import PublicStart
 from nnunet_dp.workers import Progress, in_order, in_tenths
@@ -130,12 +131,12 @@ def pretrain(
     file = folder / f"{plans_name}.json"
     if not file.is_file():
         raise UsageRefusal(f"{folder.name} has no plans {plans_name}: make them with `nnunet-dp plan`")
-    plans = json.loads(file.read_text())
+    plans = read_json(file)
     section = read_section(plans)
     if section is None:
         raise UsageRefusal(f"{plans_name} are plans without privacy: make private ones with `nnunet-dp plan`")
     recipe = configuration_plan(section, configuration).start
-    dataset_json = json.loads((folder / "dataset.json").read_text())
+    dataset_json = read_description(folder / "dataset.json")
     facts = public_facts(plans, dataset_json)
     if recipe is None:
         raise UsageRefusal(f"{plans_name} plan no public start for {configuration}: plan again without --no-start")

@@ -120,6 +120,23 @@ def json_sha256(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def read_json(file: Path) -> Any:
+    """The content of a JSON file that nnU-Net or this package wrote.
+
+    Raises:
+        UsageRefusal: when it cannot be read, or is not JSON.
+    """
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise UsageRefusal(f"{file} should be readable, found: {error.strerror or error}: put it back") from None
+    except ValueError:
+        raise UsageRefusal(
+            f"{file} should hold JSON, found something else: put it back from a backup, or let the command that wrote "
+            "it write it again"
+        ) from None
+
+
 def write_json(content: Any, file: Path) -> None:
     """Write JSON whole or not at all."""
     with replacing(file) as stream:

@@ -11,6 +11,7 @@ Formal guarantee:
 from __future__ import annotations
 
 import fcntl
+import io
 import os
 import secrets
 import shutil
@@ -169,7 +170,9 @@ def write_checkpoint(content: dict[str, Any], file: Path) -> None:
     for left in file.parent.glob(f".{file.name}.*.tmp"):
         left.unlink()
     with replacing(file) as stream:
-        torch.save(content, stream)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)  # on a full disk torch raises no OSError by itself
+        stream.write(buffer.getbuffer())
 
 
 def read_checkpoint(file: Path) -> dict[str, Any]:

@@ -267,6 +267,7 @@ NOT_COVERED = (
     "choosing_between_models_by_their_validation_results",  # nnUNetv2_find_best_configuration, for one
     "copies_of_the_dataset_under_another_id_and_their_ledgers",
     "models_trained_without_privacy_on_the_same_patients",
+    "whether_all_cases_could_be_read_before_the_training",  # nnunet_cases
 )
 
 

@@ -10,7 +10,8 @@
 
 An error that reaches the outside says something about the one patient who caused it, without any noise. Where others
 see whether a step succeeded (a federated site's reply), what cannot be read, or has labels that do not exist, becomes
-a record whose gradient is not a number: the engines count it as nothing.
+a record whose gradient is not a number: the engines count it as nothing. The trainers read every case before the first
+charge (``nnunet_cases``) and do the same with one that breaks later.
 
 Formal guarantee:
     Whether a step fails does not depend on whether a patient's files can be read, nor on the values in them.
@@ -19,12 +20,25 @@ Formal guarantee:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
 
 Source = Callable[[tuple[str, ...]], tuple[np.ndarray, Any]]
+
+
+def target_shapes(
+    patches: int, channels: int, patch: Iterable[int], scales: Iterable[Iterable[float]] | None
+) -> tuple[tuple[int, ...], ...]:
+    """Shapes [patches, channels, *spatial] of nnU-Net's targets, one for each resolution of deep supervision.
+
+    >>> target_shapes(2, 1, (40, 56), [[1.0, 1.0], [0.5, 0.5]])
+    ((2, 1, 40, 56), (2, 1, 20, 28))
+    """
+    patch = tuple(patch)
+    known = [[1.0] * len(patch)] if scales is None else [list(scale) for scale in scales]
+    return tuple((patches, channels, *np.round(np.multiply(patch, scale)).astype(int).tolist()) for scale in known)
 
 
 class EmptyWhereUnusable:

@@ -30,7 +30,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 from torch._dynamo import OptimizedModule
 
-from nnunet_dp import nnunet
+from nnunet_dp import description, nnunet
 from nnunet_dp import plans as private_plans
 from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import epsilon_of
@@ -42,6 +42,7 @@ from nnunet_dp.learning import ballot_for, boxes_around, learn_once, own_rules, 
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.loading import PatientLoader
 from nnunet_dp.morphology import FILE
+from nnunet_dp.nnunet_cases import CaseReader, refuse_unusable
 from nnunet_dp.nnunet_planning import self_configured
 from nnunet_dp.nnunet_start import ensure_start
 from nnunet_dp.patients import Patients
@@ -50,8 +51,15 @@ from nnunet_dp.report import banner, plot_spending
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
 from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
 from nnunet_dp.splits import fold_slots
+from nnunet_dp.unusable import EmptyWhereUnusable, target_shapes
+from nnunet_dp.workers import in_tenths
 
 IN_NETWORK = (None, "fixed", "adaptive", "training_only")  # morphology of the logits
+
+_AFTER_A_FAULT = (
+    "Look at disk space and permissions of nnUNet_preprocessed and nnUNet_results (`nnunet-dp doctor`). What was "
+    "charged stays charged; the same command with --c goes on, without --c where nothing was trained yet."
+)
 
 
 def _refuse_cleanly(method):
@@ -66,6 +74,12 @@ def _refuse_cleanly(method):
                 raise
             print(f"\nnnunet_dp refuses: {refusal}", file=sys.stderr, flush=True)
             raise SystemExit(refusal.exit_code) from None
+        except OSError as error:  # a full disk, mostly; its file may be named after a case
+            if not nnunet.calling_options().from_command_line:
+                raise
+            reason = error.strerror or type(error).__name__
+            print(f"\nnnunet_dp stops: {reason}. {_AFTER_A_FAULT}", file=sys.stderr, flush=True)
+            raise SystemExit(1) from None
         except KeyboardInterrupt:
             if not nnunet.calling_options().from_command_line:
                 raise
@@ -92,6 +106,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
         options = nnunet.calling_options()
         self._refuse_options(options, device)
+        description.checked(dataset_json)
         if private_plans.read_section(plans) is None:
             continue_training = plans.get("continue_training", False)
             ordinary = {key: value for key, value in plans.items() if key != "continue_training"}
@@ -252,12 +267,22 @@ class nnUNetTrainerDP(nnUNetTrainer):
             dataset_tr, self.private_plan.patches_per_patient, initial, patch_size, labels,
             self.oversample_foreground_percent, transforms,
         )  # fmt: skip
+        source = self._never_failing(source, regions, scales)
         loader = PatientLoader(source, list(slots.values()), self.device, get_allowed_n_proc_DA())
         validation = nnUNetDataLoader(
             dataset_val, self.validation_batch_size, patch_size, patch_size, labels,
             self.oversample_foreground_percent, transforms=plain,
         )  # fmt: skip
         return loader, SingleThreadedAugmenter(validation, None)
+
+    def _never_failing(self, source, regions, scales):
+        """After a charge no error tells of one patient; what was unusable before was refused."""
+        count, labels = self.private_plan.patches_per_patient, self.label_manager
+        patch = self.configuration_manager.patch_size
+        ignored = [] if labels.ignore_label is None else [labels.ignore_label]
+        known = None if regions else {0, *labels.foreground_labels, *ignored}
+        targets = target_shapes(count, len(regions) if regions else 1, patch, scales)
+        return EmptyWhereUnusable(source, (count, self.num_input_channels, *patch), targets, known)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
 
@@ -277,6 +302,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         cases = {case for cases in slots.values() for case in cases} | set(validation)
         nnunet.refuse_missing(self.dataset_class, Path(self.preprocessed_dataset_folder), cases)
         self.dataset_class.unpack_dataset(self.preprocessed_dataset_folder, overwrite_existing=False, verify=True)
+        self._refuse_unusable(cases)
         plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
         plan.verify()
         nnunet.refuse_unpaid_fingerprint(run.dataset_ledger, self.private_plan)
@@ -289,6 +315,13 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self._banner(len(slots))
         self._learn_morphology(slots)
         self._started = time(), self.private.step
+
+    def _refuse_unusable(self, cases):
+        """Cases that would end the training after its first charge."""
+        folder, base = Path(self.preprocessed_dataset_folder), Path(self.preprocessed_dataset_folder_base)
+        references = base / "gt_segmentations"
+        reader = CaseReader(self.dataset_class, folder, references, self.dataset_json, self.plans_manager.plans)
+        refuse_unusable(reader, cases, get_allowed_n_proc_DA(), in_tenths(self.print_to_log_file, "cases read"))
 
     def _begins_from_public_start(self):
         """A run that goes on has its own weights."""
@@ -426,6 +459,8 @@ class nnUNetTrainerDP(nnUNetTrainer):
 
     def train_step(self, batch):
         """One private step; the batch is drawn inside, after it was charged."""
+        if not Path(self.preprocessed_dataset_folder).is_dir():  # every case would count as nothing
+            raise Refusal("the preprocessed data are gone: bring the disk back, then continue with --c")
         losses: list[torch.Tensor] = []
         self.private.advance(self.dataloader_train.records, losses.append)
         return {"loss": float(torch.stack(losses).mean()) if losses else float("nan")}

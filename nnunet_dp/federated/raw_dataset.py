@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.patients import Patients, cases_as_units, read_patients
 from nnunet_dp.splits import fold_slots, make_splits
@@ -98,8 +99,8 @@ def read_raw(folder: Path, patients_file: Path | None = None, column: str | None
     Raises:
         UsageRefusal: when there is no case, or a case without files.
     """
-    description = json.loads((folder / "dataset.json").read_text())
-    files = _listed(folder, description) if "dataset" in description else _found(folder, description["file_ending"])
+    description = read_description(folder / "dataset.json")
+    files = case_files(folder, description)
     if not files:
         raise UsageRefusal(f"{folder.name} should hold training cases in imagesTr and labelsTr, found none")
     table = patients_file or next((file for file in _tables(folder) if file.is_file()), None)
@@ -113,6 +114,15 @@ def _tables(folder: Path) -> list[Path]:
     """Where a dataset's own table of patients may lie."""
     base = os.environ.get("nnUNet_preprocessed")
     return [folder / PATIENTS, *([Path(base) / folder.name / PATIENTS] if base else [])]
+
+
+def case_files(folder: Path, description: Mapping[str, Any]) -> dict[str, CaseFiles]:
+    """Files of all training cases of a raw dataset.
+
+    Raises:
+        UsageRefusal: for a case without labels, or a listed file that is missing.
+    """
+    return _listed(folder, description) if "dataset" in description else _found(folder, description["file_ending"])
 
 
 def _files(folder: Path) -> list[Path]:
