@@ -21,6 +21,7 @@ over a model of the user's.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,17 @@ class Exported:
         named = f"-d {self.dataset} -c {configuration} -f {folds} -tr {trainer} -p {plans}"
         return f"nnUNetv2_predict {named} -i IMAGES -o OUT"
 
+    @property
+    def _refined_command(self) -> str:
+        """With the refinement that was paid for, where this package is there to do it."""
+        here = any(name.endswith(RULES) for name in self.files) and not self.model.startswith(f"{STOCK_TRAINER}__")
+        return self.predict_command.replace("nnUNetv2_predict", "nnunet-dp predict") if here else self.predict_command
+
+    @property
+    def _needed(self) -> str:
+        stock = self.model.startswith(f"{STOCK_TRAINER}__")
+        return "" if stock else ", with nnunet_dp installed and `nnunet-dp link` typed"
+
     def as_dict(self) -> dict[str, Any]:
         """For ``--json``."""
         told = {"file": str(self.file), "dataset": self.dataset, "model": self.model, "files": list(self.files)}
@@ -89,8 +101,9 @@ class Exported:
             ("epsilon", f"{upwards(self.card.epsilon)} at delta {self.card.delta:g} per {self.card.unit}"),
             ("NOT covered", "; ".join(self.card.not_covered)),
             ("holds", ", ".join(self.files)),
-            ("next", f"nnUNetv2_install_pretrained_model_from_zip {self.file.name}"),
-            ("", self.predict_command),
+            ("next", f"nnunet-dp verify {self.file.name}; then, where it is used{self._needed}:"),
+            ("", f"nnUNetv2_install_pretrained_model_from_zip {self.file.name}"),
+            ("", self._refined_command),
         ]
 
 
@@ -119,6 +132,8 @@ def export_model(
     model, file = Path(model).resolve(), Path(file)
     if file.exists() and not overwrite:
         raise UsageRefusal(f"{file} should not exist yet, found a file: choose another name, or give --overwrite")
+    if dataset is not None and re.fullmatch(r"Dataset\d{3}_[A-Za-z0-9][\w.\-]*", dataset, re.ASCII) is None:
+        raise UsageRefusal(f"--as should be like Dataset004_Hippocampus, found {dataset!r:.100}")
     if not file.parent.is_dir():
         raise UsageRefusal(f"the folder of {file} should exist, found none: make it")
     chosen = _folds(model, folds)

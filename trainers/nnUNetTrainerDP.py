@@ -510,7 +510,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
             + (f" ({lost} charged steps were lost in crashes)" if lost else "")
             + f", epsilon {self._spent():.4g} of {self.section.budget.epsilon:g} at delta "
             f"{self.section.budget.delta:g} per {self.section.budget.unit}; dataset in total "
-            f"{self._spent(whole_dataset=True):.4g}. Next: nnUNetv2_predict -d {self.plans_manager.dataset_name} "
+            f"{self._spent(whole_dataset=True):.4g}. Next: nnunet-dp predict -d {self.plans_manager.dataset_name} "
             f"-c {self.configuration_name} -f {self.fold} -tr {type(self).__name__} -p {self.plans_manager.plans_name} "
             f"-i IMAGES -o OUT; nnunet-dp status {self.output_folder}"
         )

@@ -255,7 +255,8 @@ class FlowerProcesses:
         while True:
             gone = self.poll()
             for name in set(gone) - set(known):
-                say(f"{name} has ended; its log is flower.log in its folder")
+                logs = ", ".join(str(one.log) for one in self.started if one.name == name)
+                say(f"{name} has ended: see {logs}. Is the key registered, and ca.pem this server's?")
             if lost := [one for one in self.started if not one.kept and one.name in gone]:
                 raise Refusal(f"{lost[0].name} should run until it is stopped, but it ended: see {lost[0].log.name}")
             known = gone

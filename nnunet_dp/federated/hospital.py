@@ -147,8 +147,9 @@ def run_site(folder: Path, address: str, root_certificate: Path | None, insecure
 
     with processes as flower:
         flower.start_supernode(settings.name, folder / SETTINGS, Server(address, authority), key)
-        say(f"{settings.name} takes part with {settings.dataset_name()} at {address}, at most epsilon "
-            f"{settings.max_epsilon:g} in all; Ctrl-C ends it. Its log: {_log_of(settings)}")  # fmt: skip
+        say(f"{settings.name} offers {settings.dataset_name()} to {address}, at most epsilon "
+            f"{settings.max_epsilon:g} in all; Ctrl-C ends it. What it does: {_log_of(settings)}. Connection: "
+            f"{flower.started[0].log}, which repeats `retrying` where no server answers")  # fmt: skip
         flower.watch(say)
 
 
