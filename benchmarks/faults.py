@@ -124,7 +124,7 @@ def kill_exports(place: Place, kills: int, say: Say) -> Counter[str]:
     archive = place.root / "model.zip"
     line = ("nnunet-dp", "export", "-m", str(place.model), "-o", str(archive), "--overwrite")
     started = time.monotonic()
-    place.run(*line)
+    place.must(*line)
     seconds = time.monotonic() - started
     lines = place.lines
     while counts["kills"] < kills:
