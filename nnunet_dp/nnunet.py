@@ -262,6 +262,11 @@ class _ChosenCases(nnUNetDataLoader):
         return self.chosen
 
 
+def target_channels(labels: Any) -> int:
+    """Channels of nnU-Net's targets: one of labels; with regions one for each, and one for an ignore label."""
+    return len(labels.foreground_regions) + (labels.ignore_label is not None) if labels.has_regions else 1
+
+
 class PatchSource:
     """A patient's cases -> K patches with their targets, by nnU-Net's own cropping, oversampling and transforms.
 

@@ -307,8 +307,7 @@ def _patch_source(
     )
     patch, count = tuple(configured.patch_size), plan.patches_per_patient
     source = nnunet.PatchSource(dataset_class(str(data), cases), count, patch, patch, labels, _FOREGROUND, transforms)
-    depth = len(labels.foreground_regions) if labels.has_regions else 1
-    targets = target_shapes(count, depth, patch, _scales(configured))
+    targets = target_shapes(count, nnunet.target_channels(labels), patch, _scales(configured))
     ignored = [] if labels.ignore_label is None else [labels.ignore_label]
     known = None if labels.has_regions else {0, *labels.foreground_labels, *ignored}
     return EmptyWhereUnusable(source, (count, channels, *patch), targets, known)

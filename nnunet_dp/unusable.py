@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_dp.errors import Refusal
+
 Source = Callable[[tuple[str, ...]], tuple[np.ndarray, Any]]
 
 
@@ -73,6 +75,19 @@ class EmptyWhereUnusable:
         warnings.warn(f"a training case cannot be used and counts as nothing ({reason})", stacklevel=2)
         empty = [np.zeros(shape, np.float32) for shape in self._target_shapes]
         return np.full(self._data_shape, np.nan, np.float32), empty if len(empty) > 1 else empty[0]
+
+    def refuse_fault(self, cases: tuple[str, ...]) -> None:
+        """Try one patient before anything is charged, so that no wrong expectation makes all of them count as nothing.
+
+        Raises:
+            Refusal: when the images or targets are not of the shapes and labels expected, or cannot be read.
+        """
+        data, _ = self(cases)
+        if np.isnan(data).all():
+            raise Refusal(
+                "patches should have the shapes and labels that plans and dataset.json say, found others in the first "
+                "patient tried: type nnunet-dp doctor -d DATASET -c CONFIGURATION"
+            )
 
     def _usable(self, data: np.ndarray, target: Any) -> bool:
         targets = target if isinstance(target, list) else [target]

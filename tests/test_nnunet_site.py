@@ -168,3 +168,27 @@ def test_two_stages_have_no_deep_supervision(site, folders):
     (record,) = model.records(0, [0])
     assert torch.is_tensor(model.network(record.data)) and torch.is_tensor(record.target)
     assert torch.isfinite(model.loss(model.network(record.data), record.target))
+
+
+@pytest.mark.parametrize(
+    ("labels", "channels"),
+    [
+        ({"background": 0, "a": 1, "b": 2, "ignore": 3}, 1),
+        ({"background": 0, "whole": [1, 2], "part": 2}, 2),
+        ({"background": 0, "whole": [1, 2], "part": 2, "ignore": 3}, 3),
+    ],
+)
+def test_targets_have_the_channels_that_nnunets_own_transforms_give(labels, channels):
+    import torch
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    from nnunet_dp.nnunet import target_channels
+
+    manager = LabelManager(labels, [1, 2] if channels > 1 else None)
+    regions = manager.foreground_regions if manager.has_regions else None
+    transforms = nnUNetTrainer.get_validation_transforms(
+        None, False, manager.foreground_labels, regions, manager.ignore_label
+    )
+    target = transforms(image=torch.zeros(1, 4, 4), segmentation=torch.zeros(1, 4, 4))["segmentation"]
+    assert target.shape[0] == channels == target_channels(manager)

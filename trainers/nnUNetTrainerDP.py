@@ -267,7 +267,8 @@ class nnUNetTrainerDP(nnUNetTrainer):
             dataset_tr, self.private_plan.patches_per_patient, initial, patch_size, labels,
             self.oversample_foreground_percent, transforms,
         )  # fmt: skip
-        source = self._never_failing(source, regions, scales)
+        source = self._never_failing(source, scales)
+        source.refuse_fault(next(iter(slots.values())))
         loader = PatientLoader(source, list(slots.values()), self.device, get_allowed_n_proc_DA())
         validation = nnUNetDataLoader(
             dataset_val, self.validation_batch_size, patch_size, patch_size, labels,
@@ -275,13 +276,13 @@ class nnUNetTrainerDP(nnUNetTrainer):
         )  # fmt: skip
         return loader, SingleThreadedAugmenter(validation, None)
 
-    def _never_failing(self, source, regions, scales):
+    def _never_failing(self, source, scales):
         """After a charge no error tells of one patient; what was unusable before was refused."""
         count, labels = self.private_plan.patches_per_patient, self.label_manager
         patch = self.configuration_manager.patch_size
         ignored = [] if labels.ignore_label is None else [labels.ignore_label]
-        known = None if regions else {0, *labels.foreground_labels, *ignored}
-        targets = target_shapes(count, len(regions) if regions else 1, patch, scales)
+        known = None if labels.has_regions else {0, *labels.foreground_labels, *ignored}
+        targets = target_shapes(count, nnunet.target_channels(labels), patch, scales)
         return EmptyWhereUnusable(source, (count, self.num_input_channels, *patch), targets, known)
 
     # ---- the loop ----------------------------------------------------------------------------------------------
