@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -69,7 +70,8 @@ def test_ctrl_c_ends_with_130_one_line_and_what_to_type(tmp_path):
     drawing = ["phantom", str(tmp_path), "--kind", "hippocampus", "--patients", "60", "--seed", "1"]
     command = [sys.executable, "-m", "nnunet_dp", *drawing]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, start_new_session=True, text=True, **pipes) as process:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's children begin deaf to it
+    with subprocess.Popen(command, start_new_session=True, preexec_fn=heard, text=True, **pipes) as process:
         assert process.stderr is not None
         begun = process.stderr.readline()
         os.killpg(process.pid, signal.SIGINT)
