@@ -55,6 +55,7 @@ ACCOUNTANT = f"dp_accounting {version('dp-accounting')} PLD"
 """The accountant that speaks unless ``which_accountant`` says otherwise."""
 FALLBACK_ACCOUNTANT = f"dp_accounting {version('dp-accounting')} RDP"
 RELATION = NeighboringRelation.REPLACE_SPECIAL
+LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range
 MAXIMUM_POINTS = 2**24
 POINTS_PER_RELEASE = 100_000
 SMALLEST_PLD_DELTA = 1e-9

@@ -22,11 +22,10 @@ from typing import Any
 import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
-from nnunet_dp.accounting import PrivacyBudget, default_delta
+from nnunet_dp.accounting import LARGEST_EPSILON, PrivacyBudget, default_delta
 from nnunet_dp.charges import FINGERPRINT, epsilon_of
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.raw_dataset import nnunet_folder, raw_folder, read_raw
-from nnunet_dp.federated.site_settings import LARGEST_EPSILON
 from nnunet_dp.fingerprint import (
     SHARE,
     Ballot,

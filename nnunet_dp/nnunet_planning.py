@@ -17,7 +17,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunet_dp.accounting import PrivacyBudget, default_delta
+from nnunet_dp.accounting import LARGEST_EPSILON, PrivacyBudget, default_delta
 from nnunet_dp.attacker import true_positive_rate
 from nnunet_dp.declared_weights import refuse_charged_weights
 from nnunet_dp.description import read_description
@@ -45,7 +45,6 @@ from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT, ByHand, Compute, Co
 
 DEFAULT_EPSILON = 8.0
 FEWEST_UNITS = 2
-LARGEST_EPSILON = 1000.0  # beyond it nobody is protected, and accountants run out of range
 
 
 @dataclass(frozen=True)
