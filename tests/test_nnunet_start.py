@@ -47,6 +47,12 @@ def small_plans(patch: tuple[int, ...] = (16, 24, 16)) -> dict:
     return plans
 
 
+@pytest.fixture(autouse=True)
+def readable(monkeypatch):
+    """The cases here are names alone; that each can be read is tested in test_nnunet_cases."""
+    monkeypatch.setattr("nnunet_dp.nnunet_cases.CaseReader.fault", lambda self, case: "")
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A dataset planned for epsilon 8 with a tiny network and a public start of two phantoms."""
