@@ -123,7 +123,8 @@ class Batched:
             records = records[done:]
         for gradient in gradients_of(task.network, task.loss, records, task.autocast, task.watch):
             alone = [tensor[None] for tensor in gradient]
-            total.add(alone, total.norms(alone, 1))
+            norms = total.norms(alone, 1)
+            total.add(total.shares(alone, norms), norms)
 
     def _add_one_pass(self, total: ClippedTotal, records: list[Record], task: _Task) -> int:
         """Add the vectors of all these records, or of none; how many were added."""
