@@ -51,7 +51,9 @@ from nnunet_dp.run import LATEST, LEDGER, RunFolder, write_checkpoint
 from nnunet_dp.sections import NOT_COVERED, MorphologyPlan, PrivacySection
 from nnunet_dp.splits import fold_slots
 
-DATASET_JSON = {"channel_names": {"0": "MRI"}, "labels": {"background": 0, "front": 1, "back": 2}, "file_ending": ".nii.gz"}
+DATASET_JSON = {
+    "channel_names": {"0": "MRI"}, "labels": {"background": 0, "front": 1, "back": 2}, "file_ending": ".nii.gz",
+}
 PLANS = {"image_reader_writer": "SimpleITKIO"}
 BUDGET = PrivacyBudget(epsilon=200, delta=1e-5)
 SPACING = (1.0, 1.0, 2.0)
