@@ -30,13 +30,14 @@ import multiprocessing
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 from federated_worlds import DATASET, NAME, UNION, World, find_world, phantom_world, real_world
+from judging import Judge
 
 WAYS = ("start", "local", "fedavg", "dp-fedavg", "adp-fl", "central", "central-as-fed", "central-sgd")
 WITHOUT_PRIVACY = ("fedavg", "central-sgd")
@@ -213,34 +214,7 @@ def public_plans(options: argparse.Namespace, described: Mapping[str, Any]) -> A
 
 def judged(config: Any, weights: Mapping[str, np.ndarray], world: World, names: Sequence[str]) -> Scores:
     """Each site's held-out cases, predicted by nnU-Net's own predictor without mirroring."""
-    segment, reader = _predictor(config, weights)
-    structures = [v for name, v in config.dataset_json["labels"].items() if name not in ("background", "ignore")]
-    return {name: _scores(world.held_out(name), segment, reader, structures) for name in names}
-
-
-def _scores(
-    cases: Sequence[Any], segment: Callable[..., Any], reader: Any, structures: Sequence[Any]
-) -> dict[str, Any]:
-    from nnunet_dp.segmentation_metrics import segmentation_metrics
-
-    dice, hd95 = {}, []
-    for case, images, labels in cases:
-        image, properties = reader.read_images([str(file) for file in images])
-        truth = reader.read_seg(str(labels))[0][0]
-        guess = np.asarray(segment(image, properties)).reshape(truth.shape)
-        spacing = properties["spacing"][-truth.ndim :]
-        found = [
-            segmentation_metrics(np.isin(truth, values), np.isin(guess, values), spacing, 1.0) for values in structures
-        ]
-        dice[case] = float(np.nanmean([metrics.dice for metrics in found]))
-        hd95.append(float(np.nanmean([metrics.hd95 for metrics in found])))
-    return {"dice": float(np.nanmean([*dice.values()])), "hd95": float(np.nanmean(hd95)), "dice_of_each_case": dice}
-
-
-def _predictor(config: Any, weights: Mapping[str, np.ndarray]) -> tuple[Callable[..., Any], Any]:
     import torch
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     from nnunet_dp.nnunet_start import planned_network
 
@@ -249,15 +223,8 @@ def _predictor(config: Any, weights: Mapping[str, np.ndarray]) -> tuple[Callable
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             parameter.copy_(torch.from_numpy(weights[name]))
-    network.decoder.deep_supervision = False
-    manager = PlansManager(plans)
-    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), verbose=False, allow_tqdm=False)
-    description = {**config.dataset_json, "numTraining": 1}
-    predictor.manual_initialization(
-        network, manager, manager.get_configuration(config.terms.configuration), [network.state_dict()], description,
-        "benchmark", None,
-    )  # fmt: skip
-    return predictor.predict_single_npy_array, manager.image_reader_writer_class()
+    judge = Judge(plans, config.terms.configuration, config.dataset_json, network)
+    return {name: judge.scores(world.held_out(name)) for name in names}
 
 
 # ---- tables ------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with interva
 export     :func:`nnunet_dp.export.export_model`            the archive, its claim and what to type next
 verify     :func:`nnunet_dp.verify.verify`                  what an archive holds, and its faults
 doctor     :mod:`nnunet_dp.cli_doctor`                      what would keep a training from running
+diagnose   :mod:`nnunet_dp.cli_diagnose`                    patients' gradients, looked at
 fed        :mod:`nnunet_dp.cli_fed`                         what a federated run does and comes to
 =========  ===============================================  =====================================
 
@@ -32,9 +33,7 @@ import enum
 import json
 import os
 import re
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,10 +42,11 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_dp import TRAINER_NAMES, __version__
+from nnunet_dp.cli_diagnose import diagnose
 from nnunet_dp.cli_doctor import doctor
 from nnunet_dp.cli_fed import fed
+from nnunet_dp.console import parse_shape, progress_bar
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.workers import Progress, is_tenth
 
 _WORKFLOW = """Patient-level differentially private training for nnU-Net v2.
 
@@ -202,8 +202,8 @@ def phantom_command(
     """
     from nnunet_dp.phantoms import write_dataset
 
-    voxels = _parse_shape(shape)
-    with _progress("Drawing cases") as progress:
+    voxels = parse_shape(shape)
+    with progress_bar("Drawing cases") as progress:
         folder = write_dataset(
             out,
             kind,
@@ -264,12 +264,12 @@ def fingerprint_command(
     if from_dataset is not None:
         made = fingerprints.from_dataset(dataset, from_dataset, from_plans, overwrite)
     elif phantom is not None:
-        made = fingerprints.from_phantoms(dataset, phantom, _parse_shape(phantom_shape), overwrite=overwrite)
+        made = fingerprints.from_phantoms(dataset, phantom, parse_shape(phantom_shape), overwrite=overwrite)
     else:
         asked = fingerprints.Asked(
             dataset, epsilon, delta, share, patients, patient_column, processes, overwrite
         )  # fmt: skip
-        with _progress("Measuring cases") as progress:
+        with progress_bar("Measuring cases") as progress:
             made = fingerprints.fingerprint_dataset(asked, progress, partial(typer.echo, err=True))
     if as_json:
         typer.echo(json.dumps(made.as_dict()))
@@ -412,7 +412,7 @@ def pretrain_command(
     if (from_public is not None) != no_patient_overlap:
         raise UsageRefusal("--from-public and --no-patient-overlap go together: patients in both would not be covered")
     chosen = torch.device(device if device != "cuda" or torch.cuda.is_available() else "cpu")
-    with _progress("Learning from phantoms") as progress:
+    with progress_bar("Learning from phantoms") as progress:
         report = pretrain(
             dataset,
             configuration,
@@ -528,6 +528,7 @@ morph = typer.Typer(
 app.add_typer(morph, name="morph")
 app.add_typer(fed, name="fed")
 app.add_typer(doctor)
+app.add_typer(diagnose)
 
 
 @morph.command("learn")
@@ -577,7 +578,7 @@ def learn_command(
         place_free_rules(model, fixed, from_phantom, overwrite)
         said = "These rules cost nothing."
     else:
-        with _progress("Asking training patients") as progress:
+        with progress_bar("Asking training patients") as progress:
             folder = preprocessed_folder(dataset)
             said = learning.learn_for_model(model, fold, folder, processes, progress, overwrite)
     _show(learning.RulesReport(model), as_json)
@@ -612,7 +613,7 @@ def apply_command(
     from nnunet_dp.refined_folder import refine_folder
 
     morphology = read_morphology(rules)
-    with _progress("Refining") as progress:
+    with progress_bar("Refining") as progress:
         done = refine_folder(
             source, target, morphology, dataset_json=dataset_json, processes=processes, progress=progress
         )
@@ -643,7 +644,7 @@ def predict_command(
     """
     from nnunet_dp.prediction import predict
 
-    with _progress("Refining") as progress:
+    with progress_bar("Refining") as progress:
         typer.echo(predict(context.args, not no_morphology, rules, progress))
 
 
@@ -679,7 +680,7 @@ def evaluate_command(
     """
     from nnunet_dp.evaluation import evaluate_folders
 
-    with _progress("Comparing") as progress:
+    with progress_bar("Comparing") as progress:
         found = evaluate_folders(
             reference,
             predictions,
@@ -704,15 +705,6 @@ def _morphology_share(share: float | None, none: bool) -> float:
     if none and share:
         raise UsageRefusal("--no-morph and --morphology-share contradict each other: give one of them")
     return 0.0 if none else MORPHOLOGY_SHARE if share is None else share
-
-
-def _parse_shape(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UsageRefusal(f"--shape should be whole numbers above 0, found {text!r}; type: --shape 20,24,20")
-    return tuple(int(part) for part in parts)
 
 
 def _after_phantom(folder: Path) -> str:
@@ -761,22 +753,3 @@ def _show(report: Any, as_json: bool) -> None:
     width = max((len(label) for label, _ in lines), default=0)
     for label, value in lines:
         typer.echo(f"{label:<{width}}  {value}")
-
-
-@contextmanager
-def _progress(title: str) -> Iterator[Progress]:
-    """A bar where someone watches, otherwise a plain line at every tenth; both on stderr."""
-    if not sys.stderr.isatty():
-        yield lambda done, total: _plain_line(title, done, total)
-        return
-    from rich.console import Console
-    from rich.progress import Progress as Bar
-
-    with Bar(console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
-
-
-def _plain_line(title: str, done: int, total: int) -> None:
-    if is_tenth(done, total):
-        typer.echo(f"{title}: {done} of {total}", err=True)

@@ -32,7 +32,7 @@ from nnunetv2.preprocessing.normalization.map_channel_name_to_normalization impo
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.phantoms import KINDS, write_dataset
+from nnunet_dp.phantoms import KINDS, Kind, write_dataset
 from nnunet_dp.phantoms.matching import SHAPES, PublicFacts, find_kind, matching_kinds
 from nnunet_dp.plans import write_json
 
@@ -40,7 +40,7 @@ PHANTOMS = 20
 """Patients drawn: the medians of shapes and spacings no longer move with more."""
 INTENSITIES = 1e6
 """Foreground voxels that the intensity statistics come from; nnU-Net's 1e8 takes minutes and moves no percentile."""
-_DATASET = "Dataset999_Phantoms"
+PHANTOM_DATASET = "Dataset999_Phantoms"
 _COPIED = ("labels", "regions_class_order")
 
 
@@ -122,32 +122,60 @@ def plans_from_phantoms(
             f"{facts.classes} classes: name plans of a public dataset with --plans-from DATASET, or -p NAME"
         )
     with tempfile.TemporaryDirectory(prefix="nnunet_dp_plans_") as folder, nnunet_folders_in(Path(folder)):
-        _write_raw(Path(folder), chosen, dataset_json, patients, shape)
-        with contextlib.redirect_stdout(io.StringIO()):
-            extractor = DatasetFingerprintExtractor(_DATASET, 1)
-            extractor.show_progress_bar = False
-            extractor.num_foreground_voxels_for_intensitystats = INTENSITIES
-            extractor.run()
-            plans = ExperimentPlanner(_DATASET).plan_experiment()
+        write_raw_phantoms(Path(folder), chosen, patients, 0, shape, dataset_json)
+        plans = plans_of_raw_phantoms()
     reader = determine_reader_writer_from_dataset_json(dict(dataset_json), verbose=False)
-    plans = {**json.loads(json.dumps(plans)), "image_reader_writer": reader.__name__}
+    plans = {**plans, "image_reader_writer": reader.__name__}
     return PublicPlans(plans, f"{patients} phantom patients of kind {chosen}", True)
 
 
-def _write_raw(
-    folder: Path, kind: str, dataset_json: Mapping[str, Any], patients: int, shape: tuple[int, ...] | None
-) -> None:
-    """Phantoms as nnU-Net's raw data, with the channels and labels of the dataset they stand for."""
-    written = write_dataset(folder / "raw", kind, patients, 0, dataset_id=999, shape=shape)
-    dataset = written.rename(written.with_name(_DATASET))
+def plans_of_raw_phantoms() -> dict[str, Any]:
+    """What nnU-Net's fingerprint and planner make of the raw phantoms in its folders."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        extractor = DatasetFingerprintExtractor(PHANTOM_DATASET, 1)
+        extractor.show_progress_bar = False
+        extractor.num_foreground_voxels_for_intensitystats = INTENSITIES
+        extractor.run()
+        return json.loads(json.dumps(ExperimentPlanner(PHANTOM_DATASET).plan_experiment()))
+
+
+def write_raw_phantoms(
+    folder: Path,
+    kind: str,
+    patients: int,
+    seed: int,
+    shape: tuple[int, ...] | None,
+    dataset_json: Mapping[str, Any] | None = None,
+) -> Path:
+    """Phantoms as nnU-Net's raw data; the dataset's folder.
+
+    Args:
+        folder: holds nnU-Net's ``raw``.
+        kind: of phantoms.
+        patients: drawn.
+        seed: of the drawing.
+        shape: voxels of every phantom; None is realistic.
+        dataset_json: of the dataset they stand for, whose names of channels and labels they get; None: their own.
+    """
+    written = write_dataset(folder / "raw", kind, patients, seed, dataset_id=999, shape=shape)
+    dataset = written.rename(written.with_name(PHANTOM_DATASET))
     ending = KINDS[kind].file_ending
     if KINDS[kind].decathlon:  # one file for each case, with one channel
         for image in sorted((dataset / "imagesTr").iterdir()):
             image.rename(image.with_name(image.name.removesuffix(ending) + f"_0000{ending}"))
-    named = {str(number): name for number, name in enumerate(channel_names(dataset_json))}
-    described = {"channel_names": named, **{key: dataset_json[key] for key in _COPIED if key in dataset_json}}
+    described = _description(KINDS[kind]) if dataset_json is None else dataset_json
+    named = {str(number): name for number, name in enumerate(channel_names(described))}
+    copied = {key: described[key] for key in _COPIED if key in described}
     cases = len(list((dataset / "labelsTr").iterdir()))
-    write_json({**described, "file_ending": ending, "numTraining": cases}, dataset / "dataset.json")
+    content = {"channel_names": named, **copied, "file_ending": ending, "numTraining": cases}
+    write_json(content, dataset / "dataset.json")
+    return dataset
+
+
+def _description(kind: Kind) -> dict[str, Any]:
+    order = {} if kind.regions_class_order is None else {"regions_class_order": list(kind.regions_class_order)}
+    labels = {name: list(value) if isinstance(value, tuple) else value for name, value in kind.labels.items()}
+    return {"channel_names": {str(k): name for k, name in enumerate(kind.channel_names)}, "labels": labels, **order}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,41 @@
+"""What several commands share of the console: progress, and values that are typed as text."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.workers import Progress, is_tenth
+
+
+def parse_shape(text: str | None) -> tuple[int, ...] | None:
+    """Voxels along each axis from ``--shape 20,24,20``; None stays None."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise UsageRefusal(f"--shape should be whole numbers above 0, found {text!r}; type: --shape 20,24,20")
+    return tuple(int(part) for part in parts)
+
+
+@contextmanager
+def progress_bar(title: str) -> Iterator[Progress]:
+    """A bar where someone watches, otherwise a plain line at every tenth; both on stderr."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: _plain_line(title, done, total)
+        return
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    with Bar(console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _plain_line(title: str, done: int, total: int) -> None:
+    if is_tenth(done, total):
+        typer.echo(f"{title}: {done} of {total}", err=True)
