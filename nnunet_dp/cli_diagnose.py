@@ -17,7 +17,6 @@ import typer
 
 from nnunet_dp.console import parse_shape, progress_bar
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.sections import ByHand
 
 STEPS = 40  # of a training on phantoms that nobody planned
 
@@ -64,6 +63,7 @@ def diagnose_command(
 
     from nnunet_dp import nnunet_diagnosis as diagnosis
     from nnunet_dp.diagnosis_report import lines, write_report
+    from nnunet_dp.sections import ByHand
 
     asked = diagnosis.Asked(rule, moments, measure, seed, processes, torch.device(device))
     with progress_bar("Gradients") as progress:
