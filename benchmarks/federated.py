@@ -111,12 +111,13 @@ def run(options: argparse.Namespace, world: World, way: str, epsilon: float, see
 
 def as_federated(epsilon: float, options: argparse.Namespace) -> float:
     """Epsilon of the same schedule with sqrt(K) times the noise."""
-    from dp_accounting.dp_event import GaussianDpEvent, SelfComposedDpEvent
+    from dp_accounting.dp_event import SelfComposedDpEvent
 
     from nnunet_dp import accounting
+    from nnunet_dp.mechanisms import SubsampledGaussian
 
     def schedule(noise: float) -> Any:
-        return SelfComposedDpEvent(GaussianDpEvent(noise), options.rounds)
+        return SelfComposedDpEvent(SubsampledGaussian(noise, options.sampling).event, options.rounds)
 
     budget = accounting.PrivacyBudget(epsilon=epsilon, delta=options.delta)
     return accounting.epsilon(
@@ -141,10 +142,10 @@ def trained(
     place = options.work / f"run_{os.getpid()}"
     described = public_part(json.loads((world.raw(names[0]) / "dataset.json").read_text()))
     mode = Mode.fedavg if way in WITHOUT_PRIVACY else Mode.dp_fedavg if way == "dp-fedavg" else Mode.adp_fl
-    pace = {"local_steps": options.fedavg_steps, "sampling_probability": 1 / options.fedavg_steps}
+    plain = {"local_steps": options.fedavg_steps, "sampling_probability": options.sampling / options.fedavg_steps}
     schedule = Schedule(
         mode, options.rounds, start_iterations=options.iterations, features=tuple(options.features) or None,
-        **(pace if mode is Mode.fedavg else {}),
+        **(plain if mode is Mode.fedavg else {"sampling_probability": options.sampling}),
     )  # fmt: skip
     of_rule = Sites(1 if way == "central" else options.sites, world.units, "patient", options.delta)
     agreed = RunOptions(schedule, epsilon=epsilon, delta=options.delta, minimum_replies=min(len(names), of_rule.number))
@@ -298,7 +299,8 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=1e-3)
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--fedavg-steps", type=int, default=10, help="local steps a round, each of 1/so many patients")
+    parser.add_argument("--sampling", type=float, default=1.0, help="of each patient into each round's private step")
+    parser.add_argument("--fedavg-steps", type=int, default=10, help="local steps a round, each of 1/so many of those")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--iterations", type=int, help="of the public start; default: the plan's")
     parser.add_argument("--features", type=int, nargs="*", default=[], help="of each stage; default: the rule's")
