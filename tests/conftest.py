@@ -4,9 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # Before torch is imported anywhere, and inherited by the subprocesses of the door tests.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+# How fast examples are drawn depends on what else the machine does; it says nothing about the code.
+settings.register_profile("any load", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any load")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 REAL_DATA_VARIABLE = "NNUNET_DP_SHARED_DATA"
