@@ -97,7 +97,9 @@ Phantom = Annotated[str | None, typer.Option(help="Kind that public plans are ma
 PhantomShape = Annotated[str | None, typer.Option(help="Voxels of these phantoms, such as 80,80: a public fact.")]
 NoiseOption = Annotated[Noise, typer.Option(help="laplace clips the L1 norm, at the full batch.")]
 Percentile = Annotated[float, typer.Option(help="Of the patients' norms, which the threshold follows (adp-fl).")]
-Bound = Annotated[float | None, typer.Option(help="Clipping bound, or its first value (adp-fl).")]
+Bound = Annotated[
+    float | None, typer.Option(min=1e-6, max=1e8, help="Clipping bound, or its first value (adp-fl).")
+]
 Rate = Annotated[float | None, typer.Option("--learning-rate", help="Of the first step. Default: a rule's.")]
 Momentum = Annotated[float | None, typer.Option(help="Of SGD, kept at the sites. Default: 0; fedavg: 0.99.")]
 Probability = Annotated[float, typer.Option("--sampling-probability", help="Of each patient and step; 1 is all.")]
@@ -173,6 +175,7 @@ def split_command(
 
 @fed.command("simulate")
 def simulate_command(
+    context: typer.Context,
     datasets: Annotated[
         list[str] | None, typer.Option("--datasets", help="Ids or names of the sites' datasets.")
     ] = None,
@@ -233,8 +236,9 @@ def simulate_command(
     from nnunet_dp.federated import simulate as simulation
 
     if resume:
-        if folder is None or datasets or more:
+        if folder is None:
             raise UsageRefusal("--resume needs the run's folder and nothing else: --resume --folder FOLDER")
+        _refuse_beside_resume(context, "folder", "resume", "as_json")
         _show_summary(simulation.resume(folder.resolve(), _say, _plain_progress), as_json)
         return
     asked = simulation.Simulation(
@@ -352,12 +356,16 @@ def server_command(
 
 @fed.command("run")
 def run_command(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="Of the server, on its machine.")],
-    sites: Annotated[int, typer.Option(min=1, help="That take part.")],
-    patients: Annotated[int, typer.Option(min=1, help="Over all sites: a public number, rounded as you like.")],
+    sites: Annotated[int | None, typer.Option(min=1, help="That take part. Required, but with --resume.")] = None,
+    patients: Annotated[
+        int | None, typer.Option(min=1, help="Over all sites: a public number, rounded as you like. Required, too.")
+    ] = None,
     dataset_json: Annotated[
-        Path, typer.Option(exists=True, dir_okay=False, help="Description: channels, labels, file ending.")
-    ],
+        Path | None,
+        typer.Option(exists=True, dir_okay=False, help="Description: channels, labels, file ending. Required, too."),
+    ] = None,
     mode: Mode = ModeName.adp_fl,
     rounds: Rounds = 20,
     epsilon: Epsilon = 8.0,
@@ -409,14 +417,37 @@ def run_command(
     from nnunet_dp.federated import deployment
 
     if resume is not None:
+        _refuse_beside_resume(context, "folder", "resume", "server", "as_json")
         _show_summary(deployment.resume(folder, resume, server, _say, _plain_progress), as_json)
         return
+    if sites is None or patients is None or dataset_json is None:
+        raise UsageRefusal(
+            "a new run should have --sites, --patients and --dataset-json: see `nnunet-dp fed run --help`; or --resume "
+            "RUN_FOLDER"
+        )
     asked = deployment.Asked(sites, patients, dataset_json, model_dataset, device.value, processes, server)
     options = _run_options(locals() | {"plans": None})
     _show_summary(deployment.run(folder, asked, options, _say, _plain_progress), as_json)
 
 
 # ---- what the commands share -------------------------------------------------------------------------------------
+
+
+def _refuse_beside_resume(context: typer.Context, *allowed: str) -> None:
+    """A run goes on as it was decided: an option that would be ignored is refused."""
+    from click.core import ParameterSource
+
+    typed = [
+        parameter.opts[0] if parameter.opts[0].startswith("-") else "datasets"
+        for parameter in context.command.params
+        if parameter.name is not None and parameter.name not in allowed
+        and context.get_parameter_source(parameter.name) is ParameterSource.COMMANDLINE
+    ]  # fmt: skip
+    if typed:
+        raise UsageRefusal(
+            f"--resume goes on with a run as it was decided, found {', '.join(typed)} beside it: leave that out, or "
+            "begin a new run without --resume"
+        )
 
 
 def _run_options(given: Mapping[str, Any]) -> "RunOptions":

@@ -27,6 +27,7 @@ from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folde
 
 from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.federated.raw_dataset import dataset_names
 from nnunet_dp.ledger import read_ledger, refuse_other_units
 from nnunet_dp.patients import (
     Patients,
@@ -60,7 +61,11 @@ def preprocessed_folder(dataset: str) -> Path:
     try:
         name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
     except (RuntimeError, ValueError):
-        raise UsageRefusal(f"nnU-Net knows no dataset {dataset!r} below nnUNet_raw or nnUNet_preprocessed") from None
+        bases = [Path(str(base)) for base in (nnUNet_raw, nnUNet_preprocessed) if base.is_set()]
+        raise UsageRefusal(
+            f"nnU-Net knows no dataset {dataset!r} below nnUNet_raw or nnUNet_preprocessed; there are: "
+            f"{dataset_names(*bases)}"
+        ) from None
     folder = Path(str(nnUNet_preprocessed)) / name
     if not (folder / "dataset.json").is_file():
         raise UsageRefusal(f"{name} is not preprocessed: run `nnUNetv2_plan_and_preprocess -d {dataset}` first")

@@ -7,7 +7,7 @@ and dataset.json, and the result becomes a plans file that nnU-Net understands.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -312,9 +312,9 @@ def _merge_into(
         ):
             return False
         if not overwrite and not (same_budget and known is None):
+            what = f"{configuration} differently" if same_budget else f"otherwise ({_difference(before, section)})"
             raise UsageRefusal(
-                f"{file.name} already plans {configuration if same_budget else 'another budget'} differently: "
-                "give --overwrite to replace it, or another name with -o"
+                f"{file.name} already plans {what}: give --overwrite to replace it, or another name with -o"
             )
         if same_budget:
             for other, plan in before.configurations.items():
@@ -323,6 +323,20 @@ def _merge_into(
                     private[SECTION]["configurations"][other] = plan.model_dump(mode="json")
     write_json(private, file)
     return True
+
+
+def _difference(before: PrivacySection, now: PrivacySection) -> str:
+    """Which fields of two plans differ, but for their configurations, and how."""
+    pairs = {
+        name: (vars(before)[name], vars(now)[name]) for name in PrivacySection.model_fields if name != "configurations"
+    }
+    budgets = pairs.pop("budget")
+    pairs |= {field.name: tuple(getattr(budget, field.name) for budget in budgets) for field in fields(PrivacyBudget)}
+    shown = ("epsilon", "delta", "unit", "patients", "source_plans")
+    told = [
+        f"{name} {old} there, {new} now" if name in shown else name for name, (old, new) in pairs.items() if old != new
+    ]
+    return "; ".join(told)
 
 
 def _read_plans(folder: Path, plans: str) -> dict[str, Any]:

@@ -100,6 +100,12 @@ def test_a_new_site_has_settings_that_teach_and_a_key_that_only_it_can_read(raw,
     assert (folder / "site.toml").read_text().count("#") >= 8
 
 
+def test_a_dataset_that_is_not_there_yet_is_noted_with_those_that_are(raw, tmp_path, capsys):
+    said = told(capsys, "init-site", tmp_path / "north", "--name", "north", "-d", 5, "--max-epsilon", 8)
+    assert "NOTE: '5' should name one dataset" in said and f"there are: {raw.name}" in said
+    assert "NOTE" not in told(capsys, "init-site", tmp_path / "south", "--name", "south", "-d", 4, "--max-epsilon", 8)
+
+
 def test_settings_given_at_once_are_in_the_file(tmp_path, capsys):
     told(capsys, "init-site", tmp_path / "s", "--name", "s", "-d", "Dataset004_X", "--max-epsilon", 3, "--delta", 1e-4,
          "-device", "cuda", "-np", 4)  # fmt: skip
@@ -180,7 +186,25 @@ def test_ctrl_c_stops_a_run_at_its_server_and_says_how_to_go_on(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         deployment.follow(tmp_path, tmp_path / "runs" / "a", None, said.append, tmp_path / "config.json", tmp_path)
     assert asked == [("stop", "17")]
-    assert said == [f"interrupted; `nnunet-dp fed run {tmp_path} ... --resume {tmp_path}/runs/a` goes on"]
+    assert said == [f"interrupted; `nnunet-dp fed run {tmp_path} --resume {tmp_path}/runs/a` goes on"]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--sites", 2, "--patients", 9), "--dataset-json"),
+        (("--resume", "runs/a", "--epsilon", 2), "found --epsilon beside it"),
+        (("--resume", "runs/a"), "no server runs"),
+    ],
+)
+def test_run_needs_its_sites_or_a_run_to_go_on_with_and_nothing_beside_that(tmp_path, capsys, options, words):
+    assert words in told(capsys, "run", tmp_path, *options, exit_code=2)
+
+
+def test_status_of_a_coordinators_folder_names_its_runs(tmp_path, capsys):
+    (tmp_path / "runs" / "run_a").mkdir(parents=True)
+    (tmp_path / "runs" / "run_a" / "config.json").write_text("{}")
+    assert f"give one of them: {tmp_path}/runs/run_a" in told(capsys, "status", tmp_path, exit_code=2)
 
 
 def test_without_the_extra_the_refusal_says_what_to_install(raw, monkeypatch, capsys):
@@ -209,6 +233,7 @@ def test_without_the_extra_the_refusal_says_what_to_install(raw, monkeypatch, ca
         (("--datasets", 4, "--features", "a"), "--features"),
         (("--resume",), "--resume --folder FOLDER"),
         (("--resume", "--folder", "results"), "folder of a simulation"),
+        (("--resume", "--folder", "results", "--rounds", 9, "--epsilon", 2), "found --rounds, --epsilon beside it"),
     ],
 )
 def test_simulate_refuses_in_one_line_before_anything_starts(raw, tmp_path, capsys, monkeypatch, options, words):

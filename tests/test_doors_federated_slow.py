@@ -173,7 +173,7 @@ def test_a_run_whose_coordinator_was_killed_goes_on_and_charges_every_round_once
             os.kill(coordinator_of(run).pid, signal.SIGKILL)
             process.wait(60)
         assert console(place).count(f"--resume {run}` goes on") == 1 and "round 2/2" not in console(place)
-        told = result_of(typed(place, *asked, "--resume", run, "--json"))
+        told = result_of(typed(place, "fed", "run", "run", "--resume", run, "--json"))
     assert told["complete"] and [site["rounds"] for site in told["sites"]] == [2, 2]
     assert charges(place) == [2, 2] and max(site["epsilon_spent"] for site in told["sites"]) <= 8.0
 
@@ -187,7 +187,7 @@ def test_a_run_whose_command_was_killed_goes_on_and_is_followed_again(place):
         (run,) = (place / "run" / deployment.RUNS).iterdir()
         coordinator = coordinator_of(run)
         assert is_running(coordinator), "it is the server's, not the command's"
-        done = typed(place, *asked, "--resume", run, "--json")
+        done = typed(place, "fed", "run", "run", "--resume", run, "--json")
         assert coordinator_of(run) == coordinator
     told = result_of(done)
     assert told["complete"] and [site["rounds"] for site in told["sites"]] == [5, 5] and charges(place) == [5, 5]

@@ -386,6 +386,25 @@ def test_nodes_of_killed_sites_that_are_still_listed_do_not_keep_a_run_from_begi
     assert [site["rounds"] for site in result.sites] == [4, 4, 4] and result.complete
 
 
+def test_a_run_says_for_whom_it_waits_whenever_somebody_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(Enrolment, "meeting_pause_s", 0.0)
+    later, sites = three().nodes, Memory({})
+
+    def one_comes(minimum, timeout_s):
+        assert timeout_s <= Enrolment.waiting_line_s
+        if later:
+            sites.nodes |= dict([later.popitem()])
+        return sorted(sites.nodes)
+
+    sites.sites = one_comes
+    run = Run(tmp_path, sites, wait_for_sites_s=60.0)
+    assert run().complete
+    waiting = [line for line in run.lines if line.startswith("waiting for sites")]
+    assert [line.split(";")[0] for line in waiting] == [
+        "waiting for sites: 1 of 3 connected (cleo)", "waiting for sites: 2 of 3 connected (bob, cleo)",
+    ]  # fmt: skip
+
+
 def test_a_run_with_too_few_sites_names_the_nodes_that_said_nothing(tmp_path):
     sites = three()
     sites.nodes["3"].instead = lambda kind, header: "silence"

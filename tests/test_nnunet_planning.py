@@ -84,9 +84,10 @@ def test_the_same_arguments_again_change_nothing(folder):
 
 def test_different_arguments_need_overwrite(folder):
     plan_dataset("4", "3d_fullres", 8.0)
-    for different in ({"delta": 1e-6}, {"compute": "small"}):
+    other_delta = r"otherwise \(delta 1e-05 there, 1e-06 now\)"
+    for different, named in (({"delta": 1e-6}, other_delta), ({"compute": "small"}, "3d_fullres differently")):
         kept = written(folder)
-        with pytest.raises(UsageRefusal, match="--overwrite"):
+        with pytest.raises(UsageRefusal, match=f"{named}.*--overwrite"):
             plan_dataset("4", "3d_fullres", 8.0, **different)
         assert written(folder) == kept
         assert plan_dataset("4", "3d_fullres", 8.0, **different, overwrite=True).changed
@@ -224,7 +225,7 @@ def test_no_error_about_patients_names_one(folder):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dataset": "5"}, "knows no dataset '5'"),
+        ({"dataset": "5"}, r"knows no dataset '5'.*there are: Dataset004_"),
         ({"dataset": "Tubes"}, "knows no dataset 'Tubes'"),
         ({"dataset": "Dataset005_Other"}, "is not preprocessed: run `nnUNetv2_plan_and_preprocess"),
         ({"plans": "otherPlans"}, "no plans otherPlans; found: nnUNetPlans"),

@@ -252,7 +252,7 @@ def follow(folder: Path, run_folder: Path, server: Any, say: Say, config: Path, 
     from nnunet_dp.federated.flower_environment import flwr
     from nnunet_dp.federated.flower_runs import at_work
 
-    flower, again = open_processes(folder), f"`nnunet-dp fed run {folder} ... --resume {run_folder}` goes on"
+    flower, again = open_processes(folder), f"`nnunet-dp fed run {folder} --resume {run_folder}` goes on"
     with told_at_ctrl_c(say, again):
         submitted = at_work(place.resolve()) or flower.submit(server, config, place)
         try:

@@ -64,6 +64,7 @@ class Enrolment:
 
     busy_pause_s = 5.0
     meeting_pause_s = 1.0
+    waiting_line_s = 15.0
     doing = "preparing: {names} (the first time, sites preprocess their images)"
     done = "prepared: {names}"
 
@@ -110,13 +111,24 @@ class Enrolment:
         config, met, asked = self._config, dict[str, str](), set[str]()
         end = time.monotonic() + config.wait_for_sites_s
         query_s = min(QUERY_TIMEOUT_S, config.prepare_timeout_s)
+        told, told_at = -1, 0.0
         while True:
-            nodes = self._transport.sites(config.sites, max(0.0, end - time.monotonic()))
+            left = max(0.0, end - time.monotonic())
+            nodes = self._transport.sites(config.sites, min(self.waiting_line_s, left))
             met |= self._query([node for node in nodes if node not in asked], query_s, met)
             asked |= set(nodes)
             if len(met) + len(self._final) >= config.sites or time.monotonic() >= end:
                 return met
+            if len(met) != told or time.monotonic() >= told_at + self.waiting_line_s:
+                told, told_at = len(met), time.monotonic()
+                self._say_who_is_missing(met, end - told_at)
             time.sleep(self.meeting_pause_s)
+
+    def _say_who_is_missing(self, met: Mapping[str, str], left_s: float) -> None:
+        names = f" ({', '.join(sorted(met.values()))})" if met else ""
+        self._say(
+            f"waiting for sites: {len(met)} of {self._config.sites} connected{names}; for {left_s:.0f} s more"
+        )
 
     def _refuse_without_the_declined(self, met: int) -> None:
         counted = (node for node in self.declined if node not in self._nameless or met < self._config.sites)

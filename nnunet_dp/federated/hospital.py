@@ -18,6 +18,7 @@ from pathlib import Path
 
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.deployment import EXTRA, Say, open_processes
+from nnunet_dp.federated.raw_dataset import raw_folder
 from nnunet_dp.federated.site_settings import SiteSettings, read_settings
 from nnunet_dp.replacing import replacing
 
@@ -90,7 +91,7 @@ def init_site(folder: Path, site: NewSite) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(file) as stream:
         stream.write(site.text().encode())
-    lines = [f"Wrote {file}: read it, and complete it."]
+    lines = [f"Wrote {file}: read it, and complete it.", *_missing_dataset(site.dataset)]
     public = _make_key(folder)
     if public is None:
         return [*lines, f"No key pair: {EXTRA}, then `nnunet-dp fed init-site` into another folder."]
@@ -108,6 +109,15 @@ def _refuse_impossible(site: NewSite, folder: Path) -> None:
         settings = read_settings(Path(trial) / SETTINGS)
     if settings.name != site.name:
         raise UsageRefusal(f"{folder.name}: the settings should hold what was given")
+
+
+def _missing_dataset(dataset: str) -> list[str]:
+    """A note where the dataset is not there yet, which otherwise shows only when a coordinator asks."""
+    try:
+        raw_folder(dataset)
+    except UsageRefusal as refusal:
+        return [f"NOTE: {refusal}. Add it, or set raw and dataset in {SETTINGS}, before `nnunet-dp fed site`."]
+    return []
 
 
 def _make_key(folder: Path) -> Path | None:

@@ -20,6 +20,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.numpy import save_file
 
+from nnunet_dp.accounting import LARGEST_EPSILON
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.protocol import LARGEST_SHARE, Mode, Terms
 from nnunet_dp.federated.run_config import Claim
@@ -46,7 +47,6 @@ LEFT_TO_SITES = (
     "when_and_whether_a_site_replies",
     "whether_a_sites_images_could_be_measured_and_preprocessed",
 )
-LARGEST_EPSILON = 1000.0  # as for `nnunet-dp plan`
 
 
 @dataclass(frozen=True)

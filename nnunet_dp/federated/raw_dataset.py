@@ -82,9 +82,15 @@ def raw_folder(dataset: str) -> Path:
     if len(found) != 1:
         raise UsageRefusal(
             f"{dataset!r} should name one dataset with a dataset.json below nnUNet_raw, found {len(found)}: give its "
-            "number or its full name, DatasetXXX_Name"
+            f"number or its full name, DatasetXXX_Name; there are: {dataset_names(base)}"
         )
     return found[0]
+
+
+def dataset_names(*bases: Path) -> str:
+    """Names of the datasets below some of nnU-Net's folders, for people."""
+    names = {folder.name for base in bases for folder in base.glob("Dataset*_*") if folder.is_dir()}
+    return ", ".join(sorted(names)) or "none"
 
 
 def read_raw(folder: Path, patients_file: Path | None = None, column: str | None = None) -> RawDataset:

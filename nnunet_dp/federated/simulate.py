@@ -24,12 +24,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nnunet_dp.accounting import LARGEST_EPSILON
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.deployment import ended_early, refuse_without_flower, told_at_ctrl_c
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.federated.raw_dataset import RawDataset, nnunet_folder, raw_folder, read_raw
 from nnunet_dp.federated.site import public_part
-from nnunet_dp.federated.site_settings import LARGEST_EPSILON
 from nnunet_dp.replacing import replacing
 from nnunet_dp.workers import Progress
 

@@ -27,6 +27,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, StrictFloat, ValidationError
 
+from nnunet_dp.accounting import LARGEST_EPSILON
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.protocol import SiteName
 
@@ -35,7 +36,6 @@ if sys.version_info >= (3, 11):
 else:  # the extra `federated` brings it
     import tomli as tomllib
 
-LARGEST_EPSILON = 1000.0  # as for `nnunet-dp plan`: beyond it nobody is protected
 _EXAMPLE = "`nnunet-dp fed init-site` writes one; it needs name, dataset and max_epsilon"
 _FOLDERS = ("raw", "preprocessed", "results")
 

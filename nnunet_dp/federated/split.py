@@ -73,7 +73,10 @@ class Dealing:
             UsageRefusal: saying which to give.
         """
         if (self.way == "column") != (self.column is not None):
-            raise UsageRefusal("--by column and --column NAME go together: name a column of patients.csv, or neither")
+            raise UsageRefusal(
+                "--by column and --column NAME go together: name a column of patients.csv (its first line lists them), "
+                "or neither"
+            )
         if self.sites is None and self.way != "column":
             raise UsageRefusal("the number of sites should be given: --sites 4")
         if self.sites is not None and self.sites < 2:

@@ -281,6 +281,10 @@ def read_summary(folder: Path) -> Summary:
     if (folder / CONFIG).is_file():
         told = _read_result(folder / RESULT) if (folder / RESULT).is_file() else _begun(folder)
         return recounted(_with_plan(told, folder), dict(places_of(folder)))
+    within = sorted(config.parent for config in folder.glob(f"runs/*/{CONFIG}"))
+    if within:
+        names = ", ".join(str(run) for run in within)
+        raise UsageRefusal(f"{folder.name} is a coordinator's folder and holds runs: give one of them: {names}")
     raise UsageRefusal(
         f"{folder.name} should be the folder of a federated run or model, found neither {CONFIG} nor {FEDERATED}: give "
         "the folder that `nnunet-dp fed simulate` or `nnunet-dp fed run` named"
