@@ -85,6 +85,7 @@ def _fields(told: Summary, rows: list[SiteRow]) -> dict[str, Any]:
         "client_level": level,
         "clip": None,
         "sampler": sampler_of(charges),
+        "training": None,
         "accountant": which_accountant(events_of(row.charge for row in charges), delta),
         "public_inputs": [_PUBLIC, *(f"{what}: {_anonymous(words)}" for what, words in told.inputs.items())],
         "covers": ["weights of the model, which are means of what the sites released"],

@@ -1,0 +1,175 @@
+"""The privacy card for people: one page of HTML, and a README for a model hub; both are functions of the card.
+
+    privacy_card.json  ->  privacy_card.html   claim, attack, prices, curves, what is covered and what is not
+                       ->  README.md           the same in brief, with a model hub's metadata
+
+The page is one file without scripts: nothing is loaded from anywhere, and its policy forbids it. Names that users give
+(dataset, labels, channels) are escaped wherever they stand.
+
+Formal guarantee:
+    Both are functions of the card and of ``Described``: the same values give the same bytes, on every machine and with
+    every version of the drawing and accounting libraries. So ``verify`` renders them again and compares.
+
+Design note: in the README every value that a template prints is escaped by the environment itself (``finalize``), as
+jinja's autoescape does it in the page: a template cannot forget it.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic import StringConstraints
+
+from nnunet_dp import card_words
+from nnunet_dp.card import Card, CardCharge
+from nnunet_dp.card_drawings import attack_chart, line_chart
+from nnunet_dp.charges import TRAINING
+from nnunet_dp.dpsgd import Schedule
+from nnunet_dp.inference_plans import DatasetDescription, DatasetName, Name, Released
+from nnunet_dp.released_model import PAGE, README, STOCK_TRAINER
+
+MARKED = (0.01, 0.05)  # false-positive rates that are put into words
+_HUB_TEXT = re.compile(r"^[-+#=]|[\\`*_{}\[\]!|~$<>&@^]|(?<=\bwww)\.")
+
+
+class Described(Released):
+    """What a page says of a model besides its card.
+
+    Attributes:
+        dataset: DatasetXXX_Name.
+        model: TRAINER__PLANS__CONFIGURATION.
+        description: channels and labels.
+    """
+
+    dataset: DatasetName
+    model: Annotated[str, StringConstraints(max_length=300, pattern=r"^[A-Za-z0-9_]+__[A-Za-z0-9_.\-]+__[A-Za-z0-9_.\-]+$")]
+    description: DatasetDescription
+
+    @property
+    def parts(self) -> tuple[Name, Name, Name]:
+        """Trainer, plans and configuration."""
+        trainer, plans, configuration = self.model.split("__")
+        return trainer, plans, configuration
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether plain nnU-Net predicts with it."""
+        return self.parts[0] == STOCK_TRAINER
+
+
+def predict_command(card: Card, described: Described) -> str:
+    """What to type where the model was installed."""
+    trainer, plans, configuration = described.parts
+    folds = " ".join(row.fold for row in card.folds)
+    named = f"-d {described.dataset} -c {configuration} -f {folds} -tr {trainer} -p {plans}"
+    return f"nnUNetv2_predict {named} -i IMAGES -o OUT"
+
+
+def rendered(card: Card, described: Described) -> dict[str, bytes]:
+    """The page and the README, by their names in a model's folder."""
+    values = _values(card, described)
+    return {
+        PAGE: _page_environment().get_template("privacy_card.html").render(values).encode(),
+        README: _hub_environment().get_template("hub_readme.md").render(values).encode(),
+    }
+
+
+@functools.cache
+def _page_environment() -> Environment:
+    return Environment(autoescape=True, **_strict())
+
+
+@functools.cache
+def _hub_environment() -> Environment:
+    return Environment(autoescape=False, finalize=_hub_escaped, **_strict())  # noqa: S701 (finalize escapes)
+
+
+def _strict() -> dict[str, Any]:
+    loader = PackageLoader("nnunet_dp")
+    return {
+        "loader": loader, "undefined": StrictUndefined, "trim_blocks": True, "lstrip_blocks": True,
+        "keep_trailing_newline": True,
+    }  # fmt: skip
+
+
+def _hub_escaped(value: object) -> str:
+    """Text for Markdown that can begin neither markup nor HTML."""
+    if isinstance(value, Markup):
+        return str(value)
+    return _HUB_TEXT.sub(lambda found: html.escape(found[0]) if found[0] in "<>&" else f"\\{found[0]}", str(value))
+
+
+# ---- what the templates are given --------------------------------------------------------------------------------
+
+
+def _values(card: Card, described: Described) -> Mapping[str, Any]:
+    return {
+        "card": card,
+        "described": described,
+        "labels": list(described.description.labels),
+        "channels": list(described.description.channel_names.values()),
+        "unit": card_words.noun(card.unit),
+        "words": card_words,
+        "prices": _prices(card),
+        "attack": {point.false_positive_rate: point.true_positive_rate for point in card.figures.attack},
+        "marked": [(point, _hits(card, point)) for point in MARKED if _hits(card, point)],
+        "attack_chart": attack_chart(card.figures.attack, MARKED, "Hits of the best attack over its false alarms"),
+        "curves": list(_curves(card)),
+        "install_command": Markup("nnUNetv2_install_pretrained_model_from_zip ARCHIVE.zip"),
+        "predict_command": Markup(predict_command(card, described)),
+    }
+
+
+def _hits(card: Card, rate: float) -> float | None:
+    found = [row.true_positive_rate for row in card.figures.attack if row.false_positive_rate == rate]
+    return found[0] if found else None
+
+
+def _prices(card: Card) -> list[dict[str, Any]]:
+    """One row for each kind of release: what it was for, what it cost by itself, and how long its bar is."""
+    sited: list[tuple[int | None, float, CardCharge]] = [(None, card.epsilon, row) for row in card.charges]
+    sited += [(site.site, site.epsilon, row) for site in card.sites for row in site.charges]
+    longest = max([card.epsilon, *card.figures.prices])
+    return [
+        {"site": site, "charge": row, "price": price, "share": f"{100 * price / longest:.2f}"}
+        for (site, _, row), price in zip(sited, card.figures.prices, strict=False)
+    ]
+
+
+def _curves(card: Card) -> list[dict[str, Any]]:
+    """Functions of schedule and ledger alone: epsilon, noise and learning rate over the steps."""
+    curves: list[dict[str, Any]] = []
+    course = [(float(point.releases), point.epsilon) for point in card.figures.course]
+    if course:
+        text = "Epsilon, composed anew after each number of training steps; it begins with what was paid before them."
+        curves.append(_curve("Epsilon spent", text, course, "epsilon", "training steps charged"))
+    noise = _noise(card, course[-1][0] if course else 0.0)
+    if noise:
+        text = "Standard deviation of the noise over the bound of one record's contribution: the same at every step."
+        curves.append(_curve("Noise", text, noise, "noise multiplier", "training steps charged"))
+    if card.training is not None:
+        told = card.training
+        schedule = Schedule(told.learning_rate, told.decay_power)
+        rates = [(told.steps * k / 32, schedule.learning_rate_at(k, 32)) for k in range(33)]
+        text = "As planned before the first step."
+        curves.append(_curve("Learning rate", text, rates, "learning rate", "steps of one fold"))
+    return curves
+
+
+def _noise(card: Card, total: float) -> list[tuple[float, float]]:
+    """The noise multiplier over the charged steps, where all of them had noise of one kind."""
+    rows = [row for row in card.charges if row.purpose == TRAINING and row.noise_multiplier is not None]
+    if not total or len(rows) != 1:
+        return []
+    sigma = rows[0].noise_multiplier or 0.0
+    return [(0.0, sigma), (total, sigma)]
+
+
+def _curve(title: str, text: str, points: list[tuple[float, float]], y_label: str, x_label: str) -> dict[str, Any]:
+    return {"title": title, "text": text, "svg": line_chart(points, x_label, y_label, title)}
