@@ -81,18 +81,8 @@ class _Axes:
         """Grid, numbers and names."""
         parts = [self._row(self.y_top * tick / 4) for tick in range(5)]
         parts += [self._column(value) for value in self._columns()]
-        middle = (_LEFT + WIDTH - _RIGHT) / 2
-        parts.append(
-            Markup('<text class="name" text-anchor="middle" x="{:.1f}" y="{}">{}</text>').format(
-                middle, HEIGHT - 6, x_label
-            )
-        )
-        place = (_TOP + self.bottom) / 2
-        parts.append(
-            Markup('<text class="name" text-anchor="middle" transform="rotate(-90)" x="{:.1f}" y="11">{}</text>').format(
-                -place, y_label
-            )
-        )
+        parts.append(_name(x_label, (_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 6))
+        parts.append(_name(y_label, -(_TOP + self.bottom) / 2, 14, "rotate(-90)"))
         return Markup("").join(parts)
 
     def _columns(self) -> list[float]:
@@ -102,9 +92,10 @@ class _Axes:
 
     def _row(self, value: float) -> Markup:
         _, y = self.place((0.0, value))
-        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>').format(_LEFT, WIDTH - _RIGHT, y, y)
-        words = Markup('<text text-anchor="end" x="{}" y="{:.1f}">{}</text>').format(_LEFT - 6, y + 4, self._told(value))
-        return line + words
+        line = Markup('<line class="grid" x1="{}" x2="{}" y1="{:.1f}" y2="{:.1f}"/>')
+        words = Markup('<text text-anchor="end" x="{}" y="{:.1f}">{}</text>')
+        told = words.format(_LEFT - 6, y + 4, self._told(value))
+        return line.format(_LEFT, WIDTH - _RIGHT, y, y) + told
 
     def _column(self, value: float) -> Markup:
         x, _ = self.place((value, 0.0))
@@ -114,6 +105,12 @@ class _Axes:
 
     def _told(self, value: float) -> str:
         return f"{100 * value:g} %" if self.share else f"{value:.4g}"
+
+
+def _name(words: str, x: float, y: float, turned: str = "rotate(0)") -> Markup:
+    """The name of an axis."""
+    text = Markup('<text class="name" text-anchor="middle" transform="{}" x="{:.1f}" y="{}">{}</text>')
+    return text.format(turned, x, y, words)
 
 
 def _ceiling(value: float) -> float:

@@ -31,7 +31,7 @@ from nnunet_dp.card import Card, CardCharge
 from nnunet_dp.card_drawings import attack_chart, line_chart
 from nnunet_dp.charges import TRAINING
 from nnunet_dp.dpsgd import Schedule
-from nnunet_dp.inference_plans import DatasetDescription, DatasetName, Name, Released
+from nnunet_dp.inference_plans import DatasetDescription, DatasetName, Released
 from nnunet_dp.released_model import PAGE, README, STOCK_TRAINER
 
 MARKED = (0.01, 0.05)  # false-positive rates that are put into words
@@ -48,26 +48,20 @@ class Described(Released):
     """
 
     dataset: DatasetName
-    model: Annotated[str, StringConstraints(max_length=300, pattern=r"^[A-Za-z0-9_]+__[A-Za-z0-9_.\-]+__[A-Za-z0-9_.\-]+$")]
+    model: Annotated[str, StringConstraints(max_length=300, pattern=r"^\w+__[A-Za-z0-9_.\-]+__[A-Za-z0-9_.\-]+$")]
     description: DatasetDescription
-
-    @property
-    def parts(self) -> tuple[Name, Name, Name]:
-        """Trainer, plans and configuration."""
-        trainer, plans, configuration = self.model.split("__")
-        return trainer, plans, configuration
 
     @property
     def is_stock(self) -> bool:
         """Whether plain nnU-Net predicts with it."""
-        return self.parts[0] == STOCK_TRAINER
+        return self.model.startswith(f"{STOCK_TRAINER}__")
 
 
-def predict_command(card: Card, described: Described) -> str:
-    """What to type where the model was installed."""
-    trainer, plans, configuration = described.parts
+def predict_command(card: Card, dataset: str, model: str) -> str:
+    """What to type where a model TRAINER__PLANS__CONFIGURATION was installed."""
+    trainer, plans, configuration = model.split("__")
     folds = " ".join(row.fold for row in card.folds)
-    named = f"-d {described.dataset} -c {configuration} -f {folds} -tr {trainer} -p {plans}"
+    named = f"-d {dataset} -c {configuration} -f {folds} -tr {trainer} -p {plans}"
     return f"nnUNetv2_predict {named} -i IMAGES -o OUT"
 
 
@@ -87,7 +81,7 @@ def _page_environment() -> Environment:
 
 @functools.cache
 def _hub_environment() -> Environment:
-    return Environment(autoescape=False, finalize=_hub_escaped, **_strict())  # noqa: S701 (finalize escapes)
+    return Environment(autoescape=False, finalize=_hub_escaped, **_strict())  # finalize escapes
 
 
 def _strict() -> dict[str, Any]:
@@ -122,7 +116,7 @@ def _values(card: Card, described: Described) -> Mapping[str, Any]:
         "attack_chart": attack_chart(card.figures.attack, MARKED, "Hits of the best attack over its false alarms"),
         "curves": list(_curves(card)),
         "install_command": Markup("nnUNetv2_install_pretrained_model_from_zip ARCHIVE.zip"),
-        "predict_command": Markup(predict_command(card, described)),
+        "predict_command": Markup(predict_command(card, described.dataset, described.model)),
     }
 
 

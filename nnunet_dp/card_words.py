@@ -17,38 +17,58 @@ from nnunet_dp.card import NOISE_SOURCE, Card, CardCharge, upwards
 from nnunet_dp.sections import DECLARED_WEIGHTS, RAW_FINGERPRINT
 
 _NOT_COVERED: Mapping[str, str] = {
-    RAW_FINGERPRINT: "The plans (patch size, voxel spacing, preprocessing) were made from the original images. What they "
-    "tell about those images is not counted: the guarantee is that of the training, given the plans.",
-    "validation_results_logs_and_everything_else_in_the_model_folder": "Whatever else the training left on the machine: "
-    "logs, validation results, predictions, states. They describe patients without protection and must stay where they "
-    "are.",
-    "floating_point_gaussian_from_a_non_cryptographic_generator": "Attacks on the arithmetic of the noise: it is drawn "
-    "with ordinary computer numbers, by a generator that is not a cryptographic one.",
-    "choosing_between_models_by_their_validation_results": "Choosing between several models by how well they did on "
-    "private validation data.",
-    "copies_of_the_dataset_under_another_id_and_their_ledgers": "Trainings on a copy of the same data under another "
-    "dataset number. They have a ledger of their own, and their costs come on top.",
-    "models_trained_without_privacy_on_the_same_patients": "Models that were trained on the same patients without "
-    "privacy.",
-    "whether_all_cases_could_be_read_before_the_training": "That every image could be read. A training does not begin "
-    "when one is damaged, so that it was held says that none was.",
-    DECLARED_WEIGHTS: "The weights that the training began from. Somebody declared them public; if they were learnt from "
-    "the same patients, the guarantee does not count that.",
-    "runs_without_guarantee_on_this_dataset": "Other runs on this dataset that had no guarantee at all (for comparison).",
-    "charges_for_the_same_patient_at_other_sites": "A patient who is known to several sites: that patient's costs at all "
-    "of them add up.",
+    RAW_FINGERPRINT: (
+        "The plans (patch size, voxel spacing, preprocessing) were made from the original images. What they tell "
+        "about those images is not counted: the guarantee is that of the training, given the plans."
+    ),
+    "validation_results_logs_and_everything_else_in_the_model_folder": (
+        "Whatever else the training left on the machine: logs, validation results, predictions, states. They describe"
+        " patients without protection and must stay where they are."
+    ),
+    "floating_point_gaussian_from_a_non_cryptographic_generator": (
+        "Attacks on the arithmetic of the noise: it is drawn with ordinary computer numbers, by a generator that is "
+        "not a cryptographic one."
+    ),
+    "choosing_between_models_by_their_validation_results": (
+        "Choosing between several models by how well they did on private validation data."
+    ),
+    "copies_of_the_dataset_under_another_id_and_their_ledgers": (
+        "Trainings on a copy of the same data under another dataset number. They have a ledger of their own, and "
+        "their costs come on top."
+    ),
+    "models_trained_without_privacy_on_the_same_patients": (
+        "Models that were trained on the same patients without privacy."
+    ),
+    "whether_all_cases_could_be_read_before_the_training": (
+        "That every image could be read. A training does not begin when one is damaged, so that it was held says that"
+        " none was."
+    ),
+    DECLARED_WEIGHTS: (
+        "The weights that the training began from. Somebody declared them public; if they were learnt from the same "
+        "patients, the guarantee does not count that."
+    ),
+    "runs_without_guarantee_on_this_dataset": (
+        "Other runs on this dataset that had no guarantee at all (for comparison)."
+    ),
+    "charges_for_the_same_patient_at_other_sites": (
+        "A patient who is known to several sites: that patient's costs at all of them add up."
+    ),
     "when_and_whether_a_site_replies": "When a site answered, and whether it did.",
-    "whether_a_sites_images_could_be_measured_and_preprocessed": "That a site's images could be measured and "
-    "preprocessed.",
+    "whether_a_sites_images_could_be_measured_and_preprocessed": (
+        "That a site's images could be measured and preprocessed."
+    ),
 }
 _COVERED: Mapping[str, str] = {
     "training of the network weights": "The weights of the network: everything that they tell about one record.",
-    "refinement rules learnt in the run (morphology.json)": "The refinement rules that the training learnt from the "
-    "reference segmentations (morphology.json).",
-    "the plans, which follow a noised fingerprint": "The plans (patch size, voxel spacing, preprocessing), which follow "
-    "noised measurements of the images.",
-    "weights of the model, which are means of what the sites released": "The weights of the network, which are means of "
-    "what the sites released.",
+    "refinement rules learnt in the run (morphology.json)": (
+        "The refinement rules that the training learnt from the reference segmentations (morphology.json)."
+    ),
+    "the plans, which follow a noised fingerprint": (
+        "The plans (patch size, voxel spacing, preprocessing), which follow noised measurements of the images."
+    ),
+    "weights of the model, which are means of what the sites released": (
+        "The weights of the network, which are means of what the sites released."
+    ),
 }
 _PURPOSES: Mapping[str, str] = {
     "training": "Training of the network: one release for each step",
@@ -62,19 +82,25 @@ _RULES: Mapping[str, str] = {
     "auto_v": "Automatic clipping (Auto-V): every record's gradient is scaled to the bound.",
     "nsgd": "Normalised gradients (NSGD): every record's gradient is scaled to a length below 1.",
     "psac": "Per-sample adaptive clipping (PSAC): every record's gradient is scaled to at most the bound.",
-    "quantile": "Adaptive clipping: as flat, with a bound that follows a noised count of the records below it. The count "
-    "is paid for with the step. The bounds of the single steps are not part of the release.",
+    "quantile": (
+        "Adaptive clipping: as flat, with a bound that follows a noised count of the records below it. The count is "
+        "paid for with the step. The bounds of the single steps are not part of the release."
+    ),
     "per_layer": "Flat clipping of each layer by itself; together the layers stay within the bound.",
 }
 _SAMPLERS: Mapping[str | None, str] = {
-    "poisson": "Poisson sampling: each record takes part in a step by an independent draw, with the probability below. "
-    "The accountant assumes just that, and the training does just that.",
+    "poisson": (
+        "Poisson sampling: each record takes part in a step by an independent draw, with the probability below. The "
+        "accountant assumes just that, and the training does just that."
+    ),
     "full batch": "Full batch: every record takes part in every step. No sampling is claimed.",
     None: "Known to the sites, which reported only what they spent.",
 }
 _NOISE: Mapping[str, str] = {
-    NOISE_SOURCE: "Drawn by PyTorch's generators, keyed anew for every release by the operating system's entropy. They "
-    "are not cryptographic.",
+    NOISE_SOURCE: (
+        "Drawn by PyTorch's generators, keyed anew for every release by the operating system's entropy. They are not "
+        "cryptographic."
+    ),
 }
 
 
@@ -140,7 +166,7 @@ def unit_in_words(unit: str) -> str:
     if unit.endswith("(inferred)"):
         return f"All data of one {noun(unit)}; which cases belong together was inferred from their names."
     if unit == "case":
-        return "One case. Nobody said which cases belong to one patient: a patient with several cases is protected less."
+        return "One case. Nobody said which cases are one patient's: a patient with several cases is protected less."
     return f"All data of one {noun(unit)}, however many cases that are."
 
 

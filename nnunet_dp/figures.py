@@ -72,7 +72,8 @@ def _attack(
     """The weakest site's, at each rate; of one dataset its own."""
     curves = [_curve(site.charges, site.epsilon, site.delta) for site in sites] or [_curve(rows, epsilon, delta)]
     worst = [max(hits) for hits in zip(*curves, strict=True)]
-    return [AttackPoint(false_positive_rate=rate, true_positive_rate=hit) for rate, hit in zip(RATES, worst, strict=True)]
+    pairs = zip(RATES, worst, strict=True)
+    return [AttackPoint(false_positive_rate=rate, true_positive_rate=hit) for rate, hit in pairs]
 
 
 def _curve(rows: Sequence[CardCharge], epsilon: float, delta: float) -> list[float]:
