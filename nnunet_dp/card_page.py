@@ -141,7 +141,7 @@ def _curves(card: Card) -> list[dict[str, Any]]:
     curves: list[dict[str, Any]] = []
     course = [(float(point.releases), point.epsilon) for point in card.figures.course]
     if course:
-        text = "Epsilon, composed anew after each number of training steps; it begins with what was paid before them."
+        text = "Composed anew after each number of training steps; it begins with everything else that was paid."
         curves.append(_curve("Epsilon spent", text, course, "epsilon", "training steps charged"))
     noise = _noise(card, course[-1][0] if course else 0.0)
     if noise:

@@ -90,8 +90,8 @@ _RULES: Mapping[str, str] = {
 }
 _SAMPLERS: Mapping[str | None, str] = {
     "poisson": (
-        "Poisson sampling: each record takes part in a step by an independent draw, with the probability below. The "
-        "accountant assumes just that, and the training does just that."
+        "Poisson sampling: each record takes part in a step by an independent draw, with the probability in the table "
+        "above. The accountant assumes just that, and the training does just that."
     ),
     "full batch": "Full batch: every record takes part in every step. No sampling is claimed.",
     None: "Known to the sites, which reported only what they spent.",
@@ -168,6 +168,15 @@ def unit_in_words(unit: str) -> str:
     if unit == "case":
         return "One case. Nobody said which cases are one patient's: a patient with several cases is protected less."
     return f"All data of one {noun(unit)}, however many cases that are."
+
+
+def chance_in_words(delta: float) -> str:
+    """A small probability.
+
+    >>> chance_in_words(1e-5)
+    'one in 100 000'
+    """
+    return f"one in {1 / delta:,.0f}".replace(",", " ")
 
 
 def noun(unit: str) -> str:

@@ -268,13 +268,13 @@ def _odd_pages(
     """Pages that say anything but what the card says: they are rendered again."""
     dataset, model = root.rstrip("/").split("/")
     try:
-        described = Described(dataset=dataset, model=model, description=description)
-    except ValueError:
-        yield "dataset and model should have names that nnU-Net writes, found others"
+        pages = rendered(card, Described(dataset=dataset, model=model, description=description))
+    except Exception as error:  # names that nnU-Net does not write, numbers that no mechanism has
+        yield f"{CARD} and the names of dataset and model cannot be rendered to a page ({type(error).__name__})"
         return
     other = card.versions.get("nnunet_dp")
     hint = "" if other == __version__ else f" (by nnunet_dp {__version__}; the card is by {other}, verify with that)"
-    for name, content in rendered(card, described).items():
+    for name, content in pages.items():
         if name in files and files[name] != content:
             yield f"{name} is not what {CARD} is rendered to{hint}"
 
