@@ -44,6 +44,13 @@ _FOREIGN = (
 )  # fmt: skip
 
 
+_RUN = """from {command.module} import {command.attr} as main
+
+if __name__ == "__main__":  # nnU-Net's worker processes import the script again
+    main()
+"""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """One user's folders with one dataset.
@@ -159,9 +166,9 @@ class Model:
         """``nnUNetv2_train`` in the background; nothing of it is left afterwards."""
         with open(self.place.root / "console.txt", "a") as console:
             process = subprocess.Popen(
-                _command(self.place.scripts / "nnUNetv2_train", self._training(options)), env=self.place.environment(), text=True,
-                cwd=self.place.root, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                _command(self.place.scripts / "nnUNetv2_train", self._training(options)), text=True,
+                env=self.place.environment(), cwd=self.place.root, stdin=subprocess.DEVNULL, stdout=console,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
             yield process
@@ -273,7 +280,7 @@ def only_nnunet(folder: Path) -> Path:
             (target / entry.name).symlink_to(entry)
     for command in distribution("nnunetv2").entry_points.select(group="console_scripts"):
         script = scripts / command.name
-        script.write_text(f"#!{scripts}/python\nfrom {command.module} import {command.attr} as main\nmain()\n")
+        script.write_text(f"#!{scripts}/python\n{_RUN.format(command=command)}")
         script.chmod(0o755)
     return scripts
 

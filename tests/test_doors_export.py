@@ -19,7 +19,8 @@ from doors import Model, Workplace, lesion, only_nnunet, private_words, segmenta
 OUR_TRAINER = """
 import nnunetv2
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
-print(find(nnunetv2.__path__[0] + "/training/nnUNetTrainer", "nnUNetTrainerDP_AutoS", "nnunetv2.training.nnUNetTrainer"))
+trainers = nnunetv2.__path__[0] + "/training/nnUNetTrainer"
+print(find(trainers, "nnUNetTrainerDP_AutoS", "nnunetv2.training.nnUNetTrainer"))
 """
 
 
