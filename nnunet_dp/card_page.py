@@ -142,6 +142,7 @@ def _curves(card: Card) -> list[dict[str, Any]]:
     course = [(float(point.releases), point.epsilon) for point in card.figures.course]
     if course:
         text = "Composed anew after each number of training steps; it begins with everything else that was paid."
+        text += " Of the site that spent most." if card.sites else ""
         curves.append(_curve("Epsilon spent", text, course, "epsilon", "training steps charged"))
     noise = _noise(card, course[-1][0] if course else 0.0)
     if noise:
