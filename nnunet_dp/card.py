@@ -99,6 +99,7 @@ class SiteRow(Released):
         counted: from its own ledger, or as the site reported (whose ledger stays there).
         charges: where counted.
         epsilon_total: of all runs on its dataset, where counted.
+        thresholds: noised clipping threshold after each round, where the rule has one and the site was counted.
     """
 
     site: int = Field(ge=1)
@@ -109,6 +110,7 @@ class SiteRow(Released):
     counted: Literal["from its ledger", "as reported"]
     charges: list[CardCharge]
     epsilon_total: _Positive | None
+    thresholds: list[_Positive] = Field(max_length=1000)
 
 
 class ClientLevelRow(Released):
@@ -334,7 +336,9 @@ def _miscounted_sites(card: Card) -> Iterator[str]:
             yield f"site {row.site}: {row.rounds} rounds were used, {_training(row.charges)} training steps charged"
         if row.counted == "from its ledger":
             yield from _other_epsilon(f"site {row.site}: ", row.epsilon, row.charges, row.delta, card.accountant)
-        elif row.charges:
+        if len(row.thresholds) > _training(row.charges):
+            yield f"site {row.site}: {len(row.thresholds)} thresholds, more than its charges released"
+        if row.counted == "as reported" and row.charges:
             yield f"site {row.site}: charges are listed, although it only reported what it spent"
     if card.epsilon != max(row.epsilon for row in card.sites) or card.delta != max(row.delta for row in card.sites):
         yield "epsilon and delta of a federated model should be the largest of its sites'"

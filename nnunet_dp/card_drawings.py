@@ -22,7 +22,9 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 22, 14, 44
 _Point = tuple[float, float]
 
 
-def line_chart(points: Sequence[_Point], x_label: str, y_label: str, title: str) -> Markup:
+def line_chart(
+    points: Sequence[_Point], x_label: str, y_label: str, title: str, others: Sequence[Sequence[_Point]] = ()
+) -> Markup:
     """A line from zero upwards.
 
     Args:
@@ -30,14 +32,16 @@ def line_chart(points: Sequence[_Point], x_label: str, y_label: str, title: str)
         x_label: below the axis.
         y_label: above the axis.
         title: for those who hear the page.
+        others: further lines, thin.
     """
-    axes = _Axes(points[-1][0], _ceiling(max(y for _, y in points)))
+    axes = _Axes(points[-1][0], _ceiling(max(y for line in (points, *others) for _, y in line)))
     line = _path(axes.place(point) for point in points)
     x, y = axes.place(points[-1])
     area = f"{line}L{x:.1f} {axes.bottom}L{axes.place(points[0])[0]:.1f} {axes.bottom}Z"
     drawn = Markup('<path class="area" d="{}"/><path class="line" d="{}"/>').format(area, line)
     dot = Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="4"/>').format(x, y)
-    return _svg(axes.drawn(x_label, y_label), drawn + dot, title)
+    thin = (Markup('<path class="line thin" d="{}"/>').format(_path(map(axes.place, other))) for other in others)
+    return _svg(axes.drawn(x_label, y_label), drawn + Markup("").join(thin) + dot, title)
 
 
 def attack_chart(points: Sequence[AttackPoint], marked: Sequence[float], title: str) -> Markup:

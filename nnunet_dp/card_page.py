@@ -148,6 +148,11 @@ def _curves(card: Card) -> list[dict[str, Any]]:
     if noise:
         text = "Standard deviation of the noise over the bound of one record's contribution: the same at every step."
         curves.append(_curve("Noise", text, noise, "noise multiplier", "training steps charged"))
+    thresholds = [list(enumerate(map(float, site.thresholds), 1)) for site in card.sites if site.thresholds]
+    if thresholds:
+        text = "Bound of one record's contribution after each round, a line for each site: noised and paid for."
+        svg = line_chart(thresholds[0], "rounds", "threshold", "Clipping threshold", thresholds[1:])
+        curves.append({"title": "Clipping threshold", "text": text, "svg": svg})
     if card.training is not None:
         told = card.training
         schedule = Schedule(told.learning_rate, told.decay_power)

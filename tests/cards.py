@@ -77,6 +77,7 @@ def _site(number: int, reported: bool) -> SiteRow:
         site=number, epsilon=epsilon, delta=DELTA, unit="patient", rounds=20,
         counted="as reported" if reported else "from its ledger", charges=[] if reported else rows,
         epsilon_total=None if reported else epsilon,
+        thresholds=[] if reported else [0.9**round * number for round in range(20)],
     )  # fmt: skip
 
 

@@ -64,6 +64,13 @@ def test_a_true_card_has_no_fault(make):
     assert not [*misdrawn(card), *miscounted(card)]
 
 
+def test_more_thresholds_than_releases_are_found():
+    card = federated_card(2)
+    sites = [row.model_copy(update={"thresholds": [0.5] * 21}) for row in card.sites]
+    faults = list(miscounted(card.model_copy(update={"sites": sites})))
+    assert faults == [f"site {number}: 21 thresholds, more than its charges released" for number in (1, 2)]
+
+
 def test_rounding_of_another_version_is_no_fault_and_a_percent_is():
     card = one_dataset_card()
 

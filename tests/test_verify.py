@@ -212,10 +212,18 @@ def training(**changes: Any) -> Plant:
     return in_json("privacy_card.json", lambda content: content["training"].update(changes))
 
 
+def other_version(files: Files) -> None:
+    """A page that another version rendered otherwise."""
+    in_json("privacy_card.json", lambda content: content["versions"].update(nnunet_dp="9.9"))(files)
+    in_text("privacy_card.html", "nnunet_dp 0.1.0", "nnunet_dp 9.9")(files)
+    in_text("privacy_card.html", "</main>", "<p>new</p></main>")(files)
+
+
 LEAKS: dict[str, tuple[Plant, str]] = {
     "another word on the page": (in_text("privacy_card.html", "per patient", "per  patient"), "html is not what"),
     "script on the page": (in_text("privacy_card.html", "</main>", "<script>1</script></main>"), "html is not what"),
-    "a smaller epsilon in the README": (in_text("README.md", "| epsilon | 2", "| epsilon | 1"), "README.md is not what"),
+    "a smaller number in the README": (in_text("README.md", "| epsilon | 2", "| epsilon | 1"), "README.md is not what"),
+    "page of another version": (other_version, "the card is by 9.9, verify with that"),
     "case name in the README": (adding("README.md", b"tube_07 was hard"), "README.md is not what"),
     "no page": (lambda files: files.pop("privacy_card.html"), "privacy_card.html is missing"),
     "a weaker attacker": (figures(attack=[]), "privacy_card.json: figures.attack"),
