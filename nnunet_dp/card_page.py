@@ -137,7 +137,7 @@ def _prices(card: Card) -> list[dict[str, Any]]:
 
 
 def _curves(card: Card) -> list[dict[str, Any]]:
-    """Functions of schedule and ledger alone: epsilon, noise and learning rate over the steps."""
+    """Functions of schedule, ledger and paid releases: epsilon, noise, thresholds and learning rate over the steps."""
     curves: list[dict[str, Any]] = []
     course = [(float(point.releases), point.epsilon) for point in card.figures.course]
     if course:

@@ -161,6 +161,19 @@ def setting_in_words(card: Card) -> str:
     )
 
 
+def released_in_words(card: Card) -> str:
+    """Which part of all that the training computed anybody gets to see."""
+    if card.sites:
+        return (
+            "The final averaged weights. Each round's noised weights were released to the coordinator and the other "
+            "sites, too, and are counted. No losses and no scores."
+        )
+    return (
+        "The final averaged weights, the plans, and the refinement rules where there are some. No weights of earlier "
+        "steps, no losses and no scores."
+    )
+
+
 def unit_in_words(unit: str) -> str:
     """What one record is, and what follows."""
     if unit.endswith("(inferred)"):
