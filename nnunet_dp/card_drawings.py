@@ -34,7 +34,8 @@ def line_chart(
         title: for those who hear the page.
         others: further lines, thin.
     """
-    axes = _Axes(points[-1][0], _ceiling(max(y for line in (points, *others) for _, y in line)))
+    everywhere = [point for line in (points, *others) for point in line]
+    axes = _Axes(max(x for x, _ in everywhere), _ceiling(max(y for _, y in everywhere)))
     line = _path(axes.place(point) for point in points)
     x, y = axes.place(points[-1])
     area = f"{line}L{x:.1f} {axes.bottom}L{axes.place(points[0])[0]:.1f} {axes.bottom}Z"

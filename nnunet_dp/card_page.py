@@ -107,15 +107,14 @@ def _values(card: Card, described: Described) -> Mapping[str, Any]:
         "card": card,
         "described": described,
         "labels": list(described.description.labels),
+        "structures": [name for name in described.description.labels if name not in ("background", "ignore")],
         "channels": list(described.description.channel_names.values()),
         "unit": card_words.noun(card.unit),
         "words": card_words,
         "prices": _prices(card),
-        "attack": {point.false_positive_rate: point.true_positive_rate for point in card.figures.attack},
         "marked": [(point, _hits(card, point)) for point in MARKED if _hits(card, point)],
         "attack_chart": attack_chart(card.figures.attack, MARKED, "Hits of the best attack over its false alarms"),
-        "curves": list(_curves(card)),
-        "install_command": Markup("nnUNetv2_install_pretrained_model_from_zip ARCHIVE.zip"),
+        "curves": _curves(card),
         "predict_command": Markup(predict_command(card, described.dataset, described.model)),
     }
 
@@ -127,49 +126,56 @@ def _hits(card: Card, rate: float) -> float | None:
 
 def _prices(card: Card) -> list[dict[str, Any]]:
     """One row for each kind of release: what it was for, what it cost by itself, and how long its bar is."""
-    sited: list[tuple[int | None, float, CardCharge]] = [(None, card.epsilon, row) for row in card.charges]
-    sited += [(site.site, site.epsilon, row) for site in card.sites for row in site.charges]
+    listed: list[tuple[int | None, CardCharge]] = [(None, row) for row in card.charges]
+    listed += [(site.site, row) for site in card.sites for row in site.charges]
     longest = max([card.epsilon, *card.figures.prices])
     return [
         {"site": site, "charge": row, "price": price, "share": f"{100 * price / longest:.2f}"}
-        for (site, _, row), price in zip(sited, card.figures.prices, strict=False)
+        for (site, row), price in zip(listed, card.figures.prices, strict=False)
     ]
 
 
 def _curves(card: Card) -> list[dict[str, Any]]:
-    """Functions of schedule, ledger and paid releases: epsilon, noise, thresholds and learning rate over the steps."""
-    curves: list[dict[str, Any]] = []
-    course = [(float(point.releases), point.epsilon) for point in card.figures.course]
-    if course:
-        text = "Composed anew after each number of training steps; it begins with everything else that was paid."
-        text += " Of the site that spent most." if card.sites else ""
-        curves.append(_curve("Epsilon spent", text, course, "epsilon", "training steps charged"))
-    noise = _noise(card, course[-1][0] if course else 0.0)
-    if noise:
-        text = "Standard deviation of the noise over the bound of one record's contribution: the same at every step."
-        curves.append(_curve("Noise", text, noise, "noise multiplier", "training steps charged"))
-    thresholds = [list(enumerate(map(float, site.thresholds), 1)) for site in card.sites if site.thresholds]
-    if thresholds:
-        text = "Bound of one record's contribution after each round, a line for each site: noised and paid for."
-        svg = line_chart(thresholds[0], "rounds", "threshold", "Clipping threshold", thresholds[1:])
-        curves.append({"title": "Clipping threshold", "text": text, "svg": svg})
-    if card.training is not None:
-        told = card.training
-        schedule = Schedule(told.learning_rate, told.decay_power)
-        rates = [(told.steps * k / 32, schedule.learning_rate_at(k, 32)) for k in range(33)]
-        text = "As planned before the first step."
-        curves.append(_curve("Learning rate", text, rates, "learning rate", "steps of one fold"))
-    return curves
+    """Functions of schedule, ledger and paid releases over the training; what a card does not hold is left out."""
+    found = (_epsilon_spent(card), _noise(card), _thresholds(card), _learning_rate(card))
+    return [curve for curve in found if curve is not None]
 
 
-def _noise(card: Card, total: float) -> list[tuple[float, float]]:
+def _epsilon_spent(card: Card) -> dict[str, Any] | None:
+    points = [(float(point.releases), point.epsilon) for point in card.figures.course]
+    whose = " Of the site that spent most." if card.sites else ""
+    text = f"Composed anew after each number of training steps; it begins with everything else that was paid.{whose}"
+    return _curve("Epsilon spent", text, [points], "epsilon", "training steps charged") if points else None
+
+
+def _noise(card: Card) -> dict[str, Any] | None:
     """The noise multiplier over the charged steps, where all of them had noise of one kind."""
     rows = [row for row in card.charges if row.purpose == TRAINING and row.noise_multiplier is not None]
-    if not total or len(rows) != 1:
-        return []
-    sigma = rows[0].noise_multiplier or 0.0
-    return [(0.0, sigma), (total, sigma)]
+    if len(rows) != 1:
+        return None
+    points = [(0.0, rows[0].noise_multiplier or 0.0), (float(rows[0].count), rows[0].noise_multiplier or 0.0)]
+    text = "As charged: standard deviation of the noise over the bound of one contribution, the same at every step."
+    return _curve("Noise", text, [points], "noise multiplier", "training steps charged")
 
 
-def _curve(title: str, text: str, points: list[tuple[float, float]], y_label: str, x_label: str) -> dict[str, Any]:
-    return {"title": title, "text": text, "svg": line_chart(points, x_label, y_label, title)}
+def _thresholds(card: Card) -> dict[str, Any] | None:
+    lines = [[(float(n), bound) for n, bound in enumerate(site.thresholds, 1)] for site in card.sites]
+    text = "Bound of one record's contribution after each round, a line for each site: noised and paid for."
+    known = [line for line in lines if line]
+    return _curve("Clipping threshold", text, known, "threshold", "rounds") if known else None
+
+
+def _learning_rate(card: Card) -> dict[str, Any] | None:
+    if card.training is None:
+        return None
+    told = card.training
+    schedule = Schedule(told.learning_rate, told.decay_power)
+    points = [(told.steps * k / 32, schedule.learning_rate_at(k, 32)) for k in range(33)]
+    text = "As planned before the first step."
+    return _curve("Learning rate", text, [points], "learning rate", "steps of one fold")
+
+
+def _curve(
+    title: str, text: str, lines: list[list[tuple[float, float]]], y_label: str, x_label: str
+) -> dict[str, Any]:
+    return {"title": title, "text": text, "svg": line_chart(lines[0], x_label, y_label, title, lines[1:])}
