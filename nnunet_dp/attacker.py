@@ -38,7 +38,7 @@ never whether it holds.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dp_accounting.dp_event import DpEvent
@@ -77,12 +77,20 @@ def true_positive_rate(events: Iterable[DpEvent], false_positive_rate: float) ->
     joined by their common tangent, which is higher than both: exact at q = 1; at q < 1 up to 0.035 was seen for one
     release and alpha around 0.4, below 1e-4 for ten releases, nothing for schedules.
     """
-    _require_rate(false_positive_rate)
+    (rate,) = true_positive_rates(events, [false_positive_rate])
+    return rate
+
+
+def true_positive_rates(events: Iterable[DpEvent], false_positive_rates: Sequence[float]) -> list[float]:
+    """``true_positive_rate`` at several false-positive rates: the trade-off curve, composed once."""
+    for rate in false_positive_rates:
+        _require_rate(rate)
     events = list(events)
     distribution = accounting.composed_distribution(events)
     if distribution is not None:
-        return _lowest_line(distribution, false_positive_rate)
-    return min(rate_from_budget(accounting.epsilon(events, delta), delta, false_positive_rate) for delta in DELTAS)
+        return [_lowest_line(distribution, rate) for rate in false_positive_rates]
+    budgets = [(accounting.epsilon(events, delta), delta) for delta in DELTAS]
+    return [min(rate_from_budget(*budget, rate) for budget in budgets) for rate in false_positive_rates]
 
 
 def rate_from_budget(epsilon: float, delta: float, false_positive_rate: float) -> float:

@@ -30,6 +30,7 @@ from nnunet_dp.errors import Refusal
 from nnunet_dp.inference_plans import Plain, Released
 from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT
 
+NOISE_SOURCE = "PyTorch generators, keyed anew for every release by the operating system; not cryptographic"
 RAW_PLANS = "nnU-Net's fingerprint of the raw images"
 SAME_VERSION, OTHER_VERSION = 1e-6, 1e-3  # relative; versions of the accountant round differently
 _Unit = Annotated[str, StringConstraints(pattern=r"^[^\W\d][\w-]{0,39}( [\w-]{1,39})?( \(inferred\))?$", max_length=90)]
@@ -98,6 +99,7 @@ class SiteRow(Released):
         counted: from its own ledger, or as the site reported (whose ledger stays there).
         charges: where counted.
         epsilon_total: of all runs on its dataset, where counted.
+        thresholds: noised clipping threshold after each round, where the rule has one and the site was counted.
     """
 
     site: int = Field(ge=1)
@@ -108,6 +110,7 @@ class SiteRow(Released):
     counted: Literal["from its ledger", "as reported"]
     charges: list[CardCharge]
     epsilon_total: _Positive | None
+    thresholds: list[_Positive] = Field(max_length=1000)
 
 
 class ClientLevelRow(Released):
@@ -124,6 +127,54 @@ class ClipRow(Released):
 
     rule: Literal[RULE_NAMES]  # pyright: ignore[reportInvalidTypeForm]
     constants: dict[Plain, Annotated[float, Field(allow_inf_nan=False)]] = Field(max_length=8)
+
+
+class TrainingRow(Released):
+    """The schedule of the private steps: public, planned before the first of them.
+
+    Attributes:
+        steps: planned for each fold.
+        learning_rate: of the first step, in units of the clip rule's bound.
+        decay_power: exponent of its polynomial decay.
+        momentum: of SGD.
+        average_share: window of the weight average, as a share of the steps.
+    """
+
+    steps: int = Field(ge=1)
+    learning_rate: _Positive
+    decay_power: float = Field(ge=0, allow_inf_nan=False)
+    momentum: float = Field(ge=0, lt=1)
+    average_share: float = Field(gt=0, le=1)
+
+
+class CoursePoint(Released):
+    """Epsilon once so many training releases were made, after everything that came before the training."""
+
+    releases: int = Field(ge=0)
+    epsilon: float = Field(ge=0, allow_inf_nan=False)
+
+
+class AttackPoint(Released):
+    """The largest true-positive rate of any membership attack with this false-positive rate (``attacker``)."""
+
+    false_positive_rate: float = Field(gt=0, lt=1)
+    true_positive_rate: float = Field(gt=0, le=1)
+
+
+class Figures(Released):
+    """What a page draws: functions of the charges alone, so that the page is a function of its card (``figures``).
+
+    Attributes:
+        prices: epsilon of each row of charges by itself: the card's, then each site's, in their order.
+        course: epsilon over the training's releases; of a federated model that of its dearest site that was counted.
+        attack: the best attack on one unit; of a federated model on a unit of its weakest site.
+        attack_from: what it is computed from: all charges, or (for sites that only reported) epsilon and delta.
+    """
+
+    prices: list[_Positive]
+    course: list[CoursePoint] = Field(max_length=100)
+    attack: list[AttackPoint] = Field(min_length=1, max_length=100)
+    attack_from: Literal["charges", "epsilon and delta"]
 
 
 class Card(Released):
@@ -143,11 +194,14 @@ class Card(Released):
         client_level: of a federated model, where asked for.
         clip: None for federated models, whose sites may have rules of their own.
         sampler: who takes part in a training step; None where no site's charges are at hand.
+        noise_source: of all noise.
+        training: the schedule; None for federated models, whose sites may have schedules of their own.
         accountant: by which epsilon was computed.
         versions: of the software that exported.
         public_inputs: what is taken as known to everybody.
         covers: what epsilon pays for.
         not_covered: what it does not.
+        figures: what a page draws.
     """
 
     schema_version: Literal[1]
@@ -163,11 +217,14 @@ class Card(Released):
     client_level: ClientLevelRow | None
     clip: ClipRow | None
     sampler: Literal["poisson", "full batch"] | None
+    noise_source: Literal[NOISE_SOURCE]  # pyright: ignore[reportInvalidTypeForm]
+    training: TrainingRow | None
     accountant: Plain
     versions: dict[Literal["nnunet_dp", "dp_accounting", "nnunetv2", "torch"], _Version]
     public_inputs: list[Plain]
     covers: list[Plain] = Field(min_length=1)
     not_covered: list[Plain] = Field(min_length=1)
+    figures: Figures
 
 
 def canonical_charges(charges: Iterable[Charge]) -> list[CardCharge]:
@@ -230,8 +287,8 @@ def miscounted(card: Card) -> Iterator[str]:
         if charged != of_folds:
             yield f"the charges count {charged} releases, the folds {of_folds}: a charge is missing or added"
         yield from _untrained(card)
-        if card.dataset is None or card.clip is None:
-            yield "a model of one dataset should name its identity and its clip rule"
+        if card.dataset is None or card.clip is None or card.training is None:
+            yield "a model of one dataset should name its identity, its clip rule and its schedule"
         elif (card.dataset.epsilon_total or math.inf) < card.epsilon * (1 - SAME_VERSION):
             yield "the dataset's total is below this model's epsilon"
     charges = [*card.charges, *(row for site in card.sites for row in site.charges)]
@@ -251,6 +308,8 @@ def _untrained(card: Card) -> Iterator[str]:
     for row in card.folds:
         if not 0 < row.steps <= row.charges:
             yield f"fold {row.fold} took {row.steps} steps on {row.charges} charges: each step is charged"
+        if card.training is not None and row.steps > card.training.steps:
+            yield f"fold {row.fold} took {row.steps} steps, the schedule has {card.training.steps}"
     trained, steps = _training(card.charges), sum(row.steps for row in card.folds)
     if trained < steps:
         yield f"the charges count {trained} training steps, the folds took {steps}"
@@ -277,11 +336,13 @@ def _miscounted_sites(card: Card) -> Iterator[str]:
             yield f"site {row.site}: {row.rounds} rounds were used, {_training(row.charges)} training steps charged"
         if row.counted == "from its ledger":
             yield from _other_epsilon(f"site {row.site}: ", row.epsilon, row.charges, row.delta, card.accountant)
-        elif row.charges:
+        if len(row.thresholds) > _training(row.charges):
+            yield f"site {row.site}: {len(row.thresholds)} thresholds, more than its charges released"
+        if row.counted == "as reported" and row.charges:
             yield f"site {row.site}: charges are listed, although it only reported what it spent"
     if card.epsilon != max(row.epsilon for row in card.sites) or card.delta != max(row.delta for row in card.sites):
         yield "epsilon and delta of a federated model should be the largest of its sites'"
-    if card.charges or card.dataset is not None:
+    if card.charges or card.dataset is not None or card.training is not None:
         yield "a federated model is charged at its sites, not here"
 
 

@@ -21,10 +21,22 @@ from typing import Any
 
 from nnunet_dp import __version__
 from nnunet_dp.accounting import which_accountant
-from nnunet_dp.card import RAW_PLANS, Card, ClipRow, DatasetRow, FoldRow, canonical_charges, sampler_of, sentence
+from nnunet_dp.card import (
+    NOISE_SOURCE,
+    RAW_PLANS,
+    Card,
+    ClipRow,
+    DatasetRow,
+    FoldRow,
+    TrainingRow,
+    canonical_charges,
+    sampler_of,
+    sentence,
+)
 from nnunet_dp.charges import LedgerEntry, epsilon_of, events_of
 from nnunet_dp.dataset_identity import identity
 from nnunet_dp.errors import Refusal
+from nnunet_dp.figures import figures_of
 from nnunet_dp.ledger import read_ledger
 from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology, read_morphology
@@ -55,7 +67,7 @@ class Claim:
     """What a model guarantees, before its weights have a name: the card's fields, and each fold's counts.
 
     Attributes:
-        fields: of the card, without folds, versions and sentence.
+        fields: of the card, without folds, versions, figures and sentence.
         counts: charges and steps by fold.
     """
 
@@ -67,7 +79,9 @@ class Claim:
         folds = [FoldRow(fold=fold, charges=charges, steps=steps) for fold, (charges, steps) in self.counts.items()]
         packages = {"dp_accounting": "dp-accounting", "nnunetv2": "nnunetv2", "torch": "torch"}
         versions = {"nnunet_dp": __version__, **{name: version(package) for name, package in packages.items()}}
-        given = {"schema_version": 1, "claim": "-", **self.fields, "folds": folds, "versions": versions}
+        drawn = figures_of(*(self.fields[name] for name in ("charges", "sites", "epsilon", "delta")))
+        counted = {"folds": folds, "versions": versions, "figures": drawn, "noise_source": NOISE_SOURCE}
+        given = {"schema_version": 1, "claim": "-", **self.fields, **counted}
         draft = Card.model_validate({name: given[name] for name in Card.model_fields})
         return draft.model_copy(update={"claim": sentence(draft)})
 
@@ -116,6 +130,7 @@ def ledger_claim(model: Path, folds: Sequence[str]) -> Claim:
         "client_level": None,
         "clip": _clip(model, section, configuration),
         "sampler": sampler_of(rows),
+        "training": _training(plan, rule),
         "accountant": which_accountant(events_of(charges), budget.delta),
         "public_inputs": _public_inputs(model, section, configuration),
         "covers": list(covered(section, configuration)),
@@ -170,6 +185,17 @@ def _clip(model: Path, section: PrivacySection, configuration: str) -> ClipRow:
     rule = CLIP_RULES[model.name.split("__")[0]]
     constants = configuration_plan(section, configuration).clip_rules[rule].constants
     return ClipRow(rule=rule, constants=dict(constants))
+
+
+def _training(plan: ConfigurationPlan, rule: str) -> TrainingRow:
+    schedule = plan.schedule(rule)
+    return TrainingRow(
+        steps=plan.steps,
+        learning_rate=schedule.learning_rate,
+        decay_power=schedule.power,
+        momentum=schedule.momentum,
+        average_share=schedule.average_share,
+    )
 
 
 def _public_inputs(model: Path, section: PrivacySection, configuration: str) -> list[str]:

@@ -12,8 +12,9 @@ status     :func:`nnunet_dp.status.read_status`             what was spent, as a
 morph      :mod:`nnunet_dp.learning`, ``refined_folder``    the rules, or how many files were refined
 predict    :func:`nnunet_dp.prediction.predict`             nnU-Net's output, and what was refined
 evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with intervals
-export     :func:`nnunet_dp.export.export_model`            the archive, its claim and what to type next
-verify     :func:`nnunet_dp.verify.verify`                  what an archive holds, and its faults
+export     :mod:`nnunet_dp.cli_share`                       the archive, its claim and what to type next
+verify     :mod:`nnunet_dp.cli_share`                       what an archive holds, and its faults
+card       :mod:`nnunet_dp.cli_share`                       the privacy card's files and claim
 doctor     :mod:`nnunet_dp.cli_doctor`                      what would keep a training from running
 diagnose   :mod:`nnunet_dp.cli_diagnose`                    patients' gradients, looked at
 fed        :mod:`nnunet_dp.cli_fed`                         what a federated run does and comes to
@@ -45,7 +46,8 @@ from nnunet_dp import TRAINER_NAMES, __version__
 from nnunet_dp.cli_diagnose import diagnose
 from nnunet_dp.cli_doctor import doctor
 from nnunet_dp.cli_fed import fed
-from nnunet_dp.console import parse_shape, progress_bar
+from nnunet_dp.cli_share import share
+from nnunet_dp.console import AsJson, parse_shape, progress_bar, show
 from nnunet_dp.errors import Refusal, UsageRefusal
 
 _WORKFLOW = """Patient-level differentially private training for nnU-Net v2.
@@ -86,7 +88,6 @@ class Compute(str, enum.Enum):
 
 
 INTERRUPTED = 130  # as shells say it
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -358,7 +359,7 @@ def plan_command(
 
     assert epsilon is not None
     report = plan_dataset(dataset, configuration, epsilon, **options)
-    _show(report, as_json)
+    show(report, as_json)
     if not as_json:
         from nnunet_dp.nnunet_start import forecast
 
@@ -425,7 +426,7 @@ def pretrain_command(
             public_weights=from_public,
             progress=progress,
         )
-    _show(report, as_json)
+    show(report, as_json)
     if not as_json:
         typer.echo(f"Next: {_train_command(dataset, configuration, plans)}")
 
@@ -448,68 +449,7 @@ def status_command(
     """
     from nnunet_dp.status import read_status
 
-    _show(read_status(fold_folder), as_json)
-
-
-@app.command("export")
-def export_command(
-    model: Annotated[
-        Path, typer.Option("-m", "--model", exists=True, file_okay=False, help="The model's folder, with its folds.")
-    ],
-    output: Annotated[Path, typer.Option("-o", "--output", help="The archive to write, such as model.zip.")],
-    fold: Annotated[
-        list[str] | None, typer.Option("-f", "--fold", help="Folds to export, such as -f 0 1. Default: all.")
-    ] = None,
-    further: Annotated[list[str] | None, typer.Argument(metavar="", help="Further folds, after -f.")] = None,
-    stock: Annotated[bool, typer.Option("--stock", help="For plain nnU-Net, without this package.")] = False,
-    dataset: Annotated[
-        str | None, typer.Option("--as", help="DatasetXXX_Name in the archive. Default: the model's.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an archive that is there.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Write what may be shared of a private model: weights, what prediction needs, and the privacy card.
-
-    Epsilon is counted again from the dataset's ledger, for all exported folds together. Nothing else of the model's
-    folder is in the archive: no fingerprint, case names, splits, logs, validation results or states, no times and no
-    paths. It installs with nnUNetv2_install_pretrained_model_from_zip, under plans of its own name.
-
-    \b
-    Example:
-      nnunet-dp export -m $nnUNet_results/Dataset004_Hippocampus/MODEL -o model.zip
-      nnunet-dp export -m $nnUNet_results/Dataset004_Hippocampus/MODEL -o model.zip -f 0 1 --stock
-      nnunet-dp verify model.zip
-    """
-    from nnunet_dp.export import export_model
-
-    if further and not fold:
-        raise UsageRefusal(f"folds should be named after -f, found {' '.join(further)}; type for instance -f 0 1")
-    folds = [part for text in (*(fold or ()), *(further or ())) for part in text.replace(",", " ").split()]
-    _show(export_model(model, output, folds, stock, dataset, overwrite), as_json)
-
-
-@app.command("verify")
-def verify_command(
-    archive: Annotated[Path, typer.Argument(help="An archive, such as model.zip.")],
-    as_json: AsJson = False,
-) -> None:
-    """List everything in an exported model and fail (exit code 1) on anything that is not declared.
-
-    Hashes, the card's schema and the recount of its charges are checked, too. No code from the archive runs: type it
-    before nnUNetv2_predict, which trusts what it loads. It is no signature: who can write the archive can write the
-    card.
-
-    \b
-    Example:
-      nnunet-dp verify model.zip
-      nnunet-dp verify model.zip --json
-    """
-    from nnunet_dp.verify import verify
-
-    found = verify(archive)
-    _show(found, as_json)
-    if not found.ok:
-        raise typer.Exit(1)
+    show(read_status(fold_folder), as_json)
 
 
 morph = typer.Typer(
@@ -529,6 +469,7 @@ app.add_typer(morph, name="morph")
 app.add_typer(fed, name="fed")
 app.add_typer(doctor)
 app.add_typer(diagnose)
+app.add_typer(share)
 
 
 @morph.command("learn")
@@ -581,7 +522,7 @@ def learn_command(
         with progress_bar("Asking training patients") as progress:
             folder = preprocessed_folder(dataset)
             said = learning.learn_for_model(model, fold, folder, processes, progress, overwrite)
-    _show(learning.RulesReport(model), as_json)
+    show(learning.RulesReport(model), as_json)
     if not as_json:
         typer.echo(said)
         model_words = f"-d {dataset} -c {configuration} -tr {trainer} -p {plans} -f {fold}"
@@ -692,7 +633,7 @@ def evaluate_command(
             processes=processes,
             progress=progress,
         )
-    _show(found, as_json)
+    show(found, as_json)
 
 
 def _one_line(error: Exception) -> str:
@@ -742,14 +683,3 @@ def _train_command(dataset: str, configuration: str, plans_name: str) -> str:
     link = "" if is_linked() or os.environ.get("nnUNet_extTrainer") else "nnunet-dp link && "
     train = f"nnUNetv2_train {dataset} {configuration} 0 -tr nnUNetTrainerDP_AutoS -p {plans_name}"
     return f"{link}{train}\n      (without -tr nnUNetTrainerDP_... nnU-Net trains these plans WITHOUT privacy)"
-
-
-def _show(report: Any, as_json: bool) -> None:
-    """Prints a report: label and value side by side, never wrapped, so that paths can be copied."""
-    if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2))
-        return
-    lines = report.lines()
-    width = max((len(label) for label, _ in lines), default=0)
-    for label, value in lines:
-        typer.echo(f"{label:<{width}}  {value}")

@@ -1,15 +1,19 @@
-"""What several commands share of the console: progress, and values that are typed as text."""
+"""What several commands share of the console: progress, facts as lines or ``--json``, values that are typed as text."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Annotated, Any
 
 import typer
 
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.workers import Progress, is_tenth
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:
@@ -39,3 +43,14 @@ def progress_bar(title: str) -> Iterator[Progress]:
 def _plain_line(title: str, done: int, total: int) -> None:
     if is_tenth(done, total):
         typer.echo(f"{title}: {done} of {total}", err=True)
+
+
+def show(report: Any, as_json: bool) -> None:
+    """Prints a report: label and value side by side, never wrapped, so that paths can be copied."""
+    if as_json:
+        typer.echo(json.dumps(report.as_dict(), indent=2))
+        return
+    lines = report.lines()
+    width = max((len(label) for label, _ in lines), default=0)
+    for label, value in lines:
+        typer.echo(f"{label:<{width}}  {value}")

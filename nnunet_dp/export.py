@@ -4,6 +4,7 @@
     plans.json, dataset.json        what prediction needs (``inference_plans``)
     morphology.json                 rules that the exported folds paid for, or free ones; without provenance
     privacy_card.json               the claim, counted again from the ledger (``card``)
+    privacy_card.html, README.md    the same for people and for a model hub (``card_page``)
 
 Nothing is copied: every file is written anew from values that a schema admits. What is written is then read by
 ``verify``, as a stranger would, before anybody gets it.
@@ -29,10 +30,17 @@ from typing import Any
 
 from nnunet_dp.archive import pack
 from nnunet_dp.card import Card, upwards
+from nnunet_dp.card_page import Described, predict_command, rendered
 from nnunet_dp.claim import Claim, ledger_claim
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.summary import FEDERATED
-from nnunet_dp.inference_plans import CT, canonical_json, reduced_description, reduced_plans
+from nnunet_dp.inference_plans import (
+    CT,
+    DatasetDescription,
+    canonical_json,
+    reduced_description,
+    reduced_plans,
+)
 from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology, read_morphology
 from nnunet_dp.released_model import (
@@ -72,10 +80,7 @@ class Exported:
     @property
     def predict_command(self) -> str:
         """What to type where it was installed."""
-        trainer, plans, configuration = self.model.split("__")
-        folds = " ".join(row.fold for row in self.card.folds)
-        named = f"-d {self.dataset} -c {configuration} -f {folds} -tr {trainer} -p {plans}"
-        return f"nnUNetv2_predict {named} -i IMAGES -o OUT"
+        return predict_command(self.card, self.dataset, self.model)
 
     @property
     def _refined_command(self) -> str:
@@ -143,15 +148,38 @@ def export_model(
     for fold in chosen:
         files |= _weights(model / f"fold_{fold}", fold, trainer, *claim.counts[fold])
     files |= _rules(model, chosen)
-    files |= _description(model, card, f"{_plans_name(model)}_{weights_digest(files)}", dataset or model.parent.name)
-    files[CARD] = card.content
+    dataset, plans_name = dataset or model.parent.name, f"{_plans_name(model)}_{weights_digest(files)}"
+    name = f"{trainer}__{plans_name}__{_configuration(model)}"
+    files |= _description(model, card, plans_name, dataset)
+    files |= _card(card, dataset, name, files[DESCRIPTION])
     files[MANIFEST] = manifest_of(files).content
-    name = f"{trainer}__{_plans_name(model)}_{weights_digest(files)}__{_configuration(model)}"
-    content = pack({f"{dataset or model.parent.name}/{name}/{path}": data for path, data in files.items()})
+    content = pack({f"{dataset}/{name}/{path}": data for path, data in files.items()})
     _refuse_faults(content, file.name)
     with replacing(file) as stream:
         stream.write(content)
-    return Exported(file, dataset or model.parent.name, name, card, tuple(sorted(files)))
+    return Exported(file, dataset, name, card, tuple(sorted(files)))
+
+
+def card_files(model: Path, folds: Sequence[str] = ()) -> tuple[Card, dict[str, bytes]]:
+    """A model's card and its files, with the names that an export gives the model.
+
+    Args:
+        model: folder that holds the folds.
+        folds: that are counted together; none counts all that are there.
+
+    Raises:
+        UsageRefusal: for folders that hold no model, and models without a guarantee.
+        Refusal: for unfinished folds, and a ledger that is missing or does not agree.
+    """
+    model = Path(model).resolve()
+    chosen = _folds(model, folds)
+    claim, trainer, weights = _claim(model, chosen), _trainer(model, False), {}
+    for fold in chosen:
+        weights |= _weights(model / f"fold_{fold}", fold, trainer, *claim.counts[fold])
+    name = f"{trainer}__{_plans_name(model)}_{weights_digest(weights)}__{_configuration(model)}"
+    description = reduced_description(json.loads((model / DESCRIPTION).read_text()))
+    card = claim.card()
+    return card, _card(card, model.parent.name, name, description.content)
 
 
 def _refuse_faults(content: bytes, name: str) -> None:
@@ -243,6 +271,14 @@ def _description(model: Path, card: Card, name: str, dataset: str) -> dict[str, 
         PLANS: reduced_plans(plans, configuration, resolved, name, dataset).content,
         DESCRIPTION: reduced_description(description).content,
     }
+
+
+def _card(card: Card, dataset: str, name: str, description: bytes) -> dict[str, bytes]:
+    """The card for machines, for people and for a model hub."""
+    described = Described(
+        dataset=dataset, model=name, description=DatasetDescription.model_validate_json(description)
+    )
+    return {CARD: card.content, **rendered(card, described)}
 
 
 def _rules(model: Path, folds: Sequence[str]) -> dict[str, bytes]:

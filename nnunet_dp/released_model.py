@@ -4,6 +4,8 @@
       nnUNetTrainerDP_AutoS__nnUNetPlansDP_eps8_3f2a9c1e__3d_fullres/
         plans.json  dataset.json          what prediction needs
         privacy_card.json                 what is guaranteed
+        privacy_card.html                 the same for people, rendered from it
+        README.md                         the same for a model hub, rendered from it
         morphology.json                   refinement rules, where there are some
         manifest.json                     SHA-256 and size of every other file
         fold_0/checkpoint_final.pth       weights, for nnU-Net
@@ -27,12 +29,15 @@ from nnunet_dp.run import CARD, FINAL
 STOCK_TRAINER = "nnUNetTrainer"
 TRAINERS = (STOCK_TRAINER, *TRAINER_NAMES)
 PLANS, DESCRIPTION, MANIFEST, SAFETENSORS = "plans.json", "dataset.json", "manifest.json", "weights.safetensors"
+PAGE, README = "privacy_card.html", "README.md"
 _IN_NETWORK = tuple(name for name in TRAINER_NAMES if "_Morph" in name)
 _OF_FOLD = {FINAL: "averaged weights, for nnU-Net", SAFETENSORS: "the same weights", RULES: "rules this fold learnt"}
 _OF_MODEL = {
     PLANS: "what prediction needs of the plans",
     DESCRIPTION: "channels, labels, file ending",
     CARD: "the privacy card",
+    PAGE: "the privacy card as a page",
+    README: "the privacy card for a model hub",
     MANIFEST: "hashes of all other files",
     RULES: "refinement rules",
 }
@@ -72,7 +77,7 @@ def meaning(name: str) -> str | None:
 def required(folds: Iterable[str]) -> tuple[str, ...]:
     """Files without which a model of these folds is not one."""
     weights = (f"fold_{fold}/{file}" for fold in folds for file in (FINAL, SAFETENSORS))
-    return (PLANS, DESCRIPTION, CARD, MANIFEST, *weights)
+    return (PLANS, DESCRIPTION, CARD, PAGE, README, MANIFEST, *weights)
 
 
 def folds_of(files: Iterable[str]) -> tuple[str, ...]:

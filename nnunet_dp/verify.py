@@ -24,10 +24,12 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from nnunet_dp import FEDERATED_TRAINER
+from nnunet_dp import FEDERATED_TRAINER, __version__
 from nnunet_dp.archive import unpack
 from nnunet_dp.card import Card, miscounted, upwards
+from nnunet_dp.card_page import Described, rendered
 from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.figures import misdrawn
 from nnunet_dp.inference_plans import CT, DatasetDescription, InferencePlans, canonical_json, faults
 from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology
@@ -186,8 +188,11 @@ def _faults(root: str, files: Mapping[str, bytes]) -> Iterator[str]:
     if plans is not None:
         yield from _odd_names(root, plans, card, files)
         yield from _uncovered(plans, card)
+    if card is not None:
+        yield from (f"{CARD}: {fault}" for fault in misdrawn(card))
     if description is not None and card is not None:
         yield from _odd_rules(files, description, card)
+        yield from _odd_pages(root, files, description, card)
     yield from _odd_weights(root, files, card, plans, description)
 
 
@@ -255,6 +260,23 @@ def _uncovered(plans: InferencePlans, card: Card | None) -> Iterator[str]:
         yield f"{PLANS} should hold intensity properties of its {len(schemes)} channels, found others"
     if card is not None and RAW_FINGERPRINT in card.not_covered and CT in schemes:
         yield f"{PLANS} holds intensity statistics of the raw images, which no charge covers"
+
+
+def _odd_pages(
+    root: str, files: Mapping[str, bytes], description: DatasetDescription, card: Card
+) -> Iterator[str]:
+    """Pages that say anything but what the card says: they are rendered again."""
+    dataset, model = root.rstrip("/").split("/")
+    try:
+        pages = rendered(card, Described(dataset=dataset, model=model, description=description))
+    except Exception as error:  # names that nnU-Net does not write, numbers that no mechanism has
+        yield f"{CARD} and the names of dataset and model cannot be rendered to a page ({type(error).__name__})"
+        return
+    other = card.versions.get("nnunet_dp")
+    hint = "" if other == __version__ else f" (by nnunet_dp {__version__}; the card is by {other}, verify with that)"
+    for name, content in pages.items():
+        if name in files and files[name] != content:
+            yield f"{name} is not what {CARD} is rendered to{hint}"
 
 
 def _odd_rules(files: Mapping[str, bytes], description: DatasetDescription, card: Card) -> Iterator[str]:

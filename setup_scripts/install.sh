@@ -28,5 +28,18 @@ fi
 echo "Installing nnunet-dp${extra:+ and what its tests need} (PyTorch is large: the first time takes minutes)"
 .venv/bin/python -m pip install --quiet --upgrade pip
 .venv/bin/python -m pip install --progress-bar on --editable ".${extra:+[$extra]}"
+has_browser() {
+    command -v chromium > /dev/null || command -v chromium-browser > /dev/null || command -v google-chrome > /dev/null
+}
+install_browser() {
+    apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends chromium
+}
+if [ "$extra" = test ] && ! has_browser; then # one test opens the privacy card in it, and is skipped without
+    if [ "$(id -u)" = 0 ] && command -v apt-get > /dev/null; then
+        echo "Installing chromium, in which a test opens the privacy card"
+        install_browser > /dev/null 2>&1 || true
+    fi
+    has_browser || echo "No Chromium: one test is skipped; on Debian and Ubuntu type: sudo apt install chromium" >&2
+fi
 echo "$wanted" > ".venv/.installed-$extra"
 echo "Installed. Next: . .venv/bin/activate && nnunet-dp link"

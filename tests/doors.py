@@ -21,9 +21,11 @@ import signal
 import subprocess
 import sysconfig
 import time
+import venv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,13 @@ _FOREIGN = (
 )  # fmt: skip
 
 
+_RUN = """from {command.module} import {command.attr} as main
+
+if __name__ == "__main__":  # nnU-Net's worker processes import the script again
+    main()
+"""
+
+
 @dataclass(frozen=True)
 class Workplace:
     """One user's folders with one dataset.
@@ -52,6 +61,7 @@ class Workplace:
         configuration: nnU-Net's, such as 2d.
         nnunet: folder that holds the copy of nnunetv2.
         variables: further environment variables of every command.
+        scripts: folder of the commands.
     """
 
     root: Path
@@ -59,6 +69,7 @@ class Workplace:
     configuration: str
     nnunet: Path
     variables: Mapping[str, str] = field(default_factory=dict)
+    scripts: Path = Path(sysconfig.get_path("scripts"))
 
     @property
     def number(self) -> str:
@@ -88,7 +99,7 @@ class Workplace:
     def run(self, program: str, *arguments: object, exit_code: int = 0, **variables: str) -> str:
         """Run one of the installed commands to its end; its console output."""
         done = subprocess.run(
-            _command(program, arguments), env=self.environment(**variables), cwd=self.root, text=True,
+            _command(self.scripts / program, arguments), env=self.environment(**variables), cwd=self.root, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONGEST_SECONDS,
         )  # fmt: skip
         assert done.returncode == exit_code, f"exit code {done.returncode}\n{done.stdout[-6000:]}"
@@ -155,9 +166,9 @@ class Model:
         """``nnUNetv2_train`` in the background; nothing of it is left afterwards."""
         with open(self.place.root / "console.txt", "a") as console:
             process = subprocess.Popen(
-                _command("nnUNetv2_train", self._training(options)), env=self.place.environment(), text=True,
-                cwd=self.place.root, stdin=subprocess.DEVNULL, stdout=console, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                _command(self.place.scripts / "nnUNetv2_train", self._training(options)), text=True,
+                env=self.place.environment(), cwd=self.place.root, stdin=subprocess.DEVNULL, stdout=console,
+                stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
         try:
             yield process
@@ -249,6 +260,29 @@ def unlinked_nnunet(folder: Path) -> Path:
     source = Path(next(iter(spec.submodule_search_locations)))
     shutil.copytree(source, folder / "nnunetv2", ignore=shutil.ignore_patterns("nnunet_dp_link*"))
     return folder
+
+
+def only_nnunet(folder: Path) -> Path:
+    """A fresh virtual environment with everything that is installed here but this package; its folder of commands.
+
+    Distributions are links; nnunetv2 is a copy in which our trainers are not linked.
+    """
+    venv.create(folder, with_pip=False, symlinks=True)
+    scripts, target = (
+        Path(sysconfig.get_path(which, "venv", {"base": str(folder), "platbase": str(folder)}))
+        for which in ("scripts", "purelib")
+    )
+    unlinked_nnunet(target)
+    here = {Path(sysconfig.get_path(which)) for which in ("purelib", "platlib")}
+    for entry in (entry for site in here for entry in site.iterdir()):
+        ours = entry.name.lower().lstrip("_").removeprefix("editable").lstrip("_.").startswith("nnunet_dp")
+        if not ours and not (target / entry.name).exists():
+            (target / entry.name).symlink_to(entry)
+    for command in distribution("nnunetv2").entry_points.select(group="console_scripts"):
+        script = scripts / command.name
+        script.write_text(f"#!{scripts}/python\n{_RUN.format(command=command)}")
+        script.chmod(0o755)
+    return scripts
 
 
 def linked(place: Workplace) -> Workplace:
@@ -350,8 +384,8 @@ def _is_alive_in(group: int, stat: Path) -> bool:
     return False
 
 
-def _command(program: str, arguments: Sequence[object]) -> list[str]:
-    return [str(Path(sysconfig.get_path("scripts")) / program), *map(str, arguments)]
+def _command(program: Path, arguments: Sequence[object]) -> list[str]:
+    return [str(program), *map(str, arguments)]
 
 
 # ---- the auditor: dp_accounting and hashlib, nothing of ours ------------------------------------------------------

@@ -14,20 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
-from doors import Model, Workplace, lesion, private_words, segmentations, unlinked_nnunet, with_variable
+from doors import Model, Workplace, lesion, only_nnunet, private_words, segmentations, with_variable
 
-BLOCKER = '''"""Nobody can import nnunet_dp here."""
-import sys
-
-
-class _Blocker:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "nnunet_dp":
-            raise ImportError(f"{name} is not installed")
-
-
-sys.meta_path.insert(0, _Blocker())
-'''
+OUR_TRAINER = """
+import nnunetv2
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class as find
+trainers = nnunetv2.__path__[0] + "/training/nnUNetTrainer"
+print(find(trainers, "nnUNetTrainerDP_AutoS", "nnunetv2.training.nnUNetTrainer"))
+"""
 
 
 class Shared(NamedTuple):
@@ -54,16 +48,22 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
     return Shared(model, images, model.predict(images, folder / "predicted"), folder)
 
 
-def elsewhere(shared: Shared, root: Path, blocked: bool = False) -> Workplace:
-    """Another user's folders, empty; with or without this package."""
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The commands of a virtual environment that has only nnunetv2 and what it needs."""
+    return only_nnunet(tmp_path_factory.mktemp("bare") / "venv")
+
+
+def elsewhere(shared: Shared, root: Path) -> Workplace:
+    """Another user's folders, empty; with this package."""
     for part in ("raw", "preprocessed", "results"):
         (root / part).mkdir(parents=True)
-    place = replace(shared.model.place, root=root)
-    if blocked:
-        site = unlinked_nnunet(root / "site")
-        (site / "sitecustomize.py").write_text(BLOCKER)
-        place = replace(place, nnunet=site, variables={})
-    return place
+    return replace(shared.model.place, root=root)
+
+
+def without_us(shared: Shared, root: Path, bare: Path) -> Workplace:
+    """Another user's folders, in an environment that never heard of this package."""
+    return replace(elsewhere(shared, root), scripts=bare, variables={"PYTHONPATH": ""})
 
 
 def installed_predictions(shared: Shared, place: Workplace, report: Mapping[str, str]) -> dict[str, np.ndarray]:
@@ -97,20 +97,27 @@ def test_the_installed_export_refines_with_what_the_model_had_learnt(shared, tmp
     assert "(private rules)" in said
 
 
-def test_a_stock_export_predicts_the_same_where_nnunet_dp_cannot_be_imported(shared, tmp_path):
-    """A virtual environment with nnunetv2 alone is simulated: a meta-path blocker in ``sitecustomize``, and no link."""
+def test_the_bare_environment_has_nnunet_and_nothing_of_ours(shared, bare, tmp_path):
+    place = without_us(shared, tmp_path, bare)
+    assert "No module named 'nnunet_dp'" in place.run("python", "-c", "import nnunet_dp", exit_code=1)
+    listed = "from importlib.metadata import distributions as d; print({one.name.lower() for one in d()})"
+    found = place.run("python", "-c", listed)
+    assert "'nnunetv2'" in found and "nnunet-dp" not in found and "nnunet_dp" not in found
+    assert place.run("python", "-c", OUR_TRAINER).split()[-1] == "None"
+    assert not (bare / "nnunet-dp").exists()
+
+
+def test_a_stock_export_predicts_the_same_where_only_nnunet_is_installed(shared, bare, tmp_path):
     report = json.loads(shared.export("stock.zip", "--stock", "--json"))
-    place = elsewhere(shared, tmp_path, blocked=True)
-    assert "nnunet_dp is not installed" in place.run("nnunet-dp", "--version", exit_code=1)
-    assert same(installed_predictions(shared, place, report), shared.predicted)
     assert report["model"].startswith("nnUNetTrainer__nnUNetPlansDP_export_")
+    predicted = installed_predictions(shared, without_us(shared, tmp_path, bare), report)
+    assert same(predicted, shared.predicted) and shared.predicted
 
 
-def test_an_export_that_needs_this_package_does_not_predict_without_it(shared, tmp_path):
-    """The blocker of the test above does block."""
+def test_an_export_that_needs_this_package_does_not_predict_without_it(shared, bare, tmp_path):
     report = json.loads(shared.export("ours.zip", "--json"))
     with pytest.raises(AssertionError, match="nnUNetTrainerDP_AutoS"):
-        installed_predictions(shared, elsewhere(shared, tmp_path, blocked=True), report)
+        installed_predictions(shared, without_us(shared, tmp_path, bare), report)
 
 
 def test_nothing_of_the_patients_or_the_machine_is_in_the_archive(shared):

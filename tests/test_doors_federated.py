@@ -216,7 +216,7 @@ def test_an_export_has_a_row_for_each_site_counted_from_its_ledger(finished, tmp
     place, run, _ = finished
     report = export_model(run.model_folder, tmp_path / "model.zip", stock=True)
     for number, row in zip((301, 302), report.card.sites, strict=True):
-        assert row.counted == "from its ledger" and row.rounds == 2
+        assert row.counted == "from its ledger" and row.rounds == 2 == len(row.thresholds)
         assert row.epsilon == pytest.approx(recounted_epsilon(charges(place, number), row.delta), rel=0.01)
     assert report.card.epsilon == max(row.epsilon for row in report.card.sites) and report.card.dataset is None
     assert verify(tmp_path / "model.zip").ok and report.model.startswith("nnUNetTrainer__")

@@ -52,6 +52,7 @@ def test_an_export_holds_these_files_and_no_other(model, tmp_path):
     _, files = exported(model, tmp_path)
     weights = {"fold_0/checkpoint_final.pth", "fold_0/weights.safetensors", "fold_0/morphology.json"}
     told = {"plans.json", "dataset.json", "privacy_card.json", "manifest.json", "morphology.json"}
+    told |= {"privacy_card.html", "README.md"}
     assert set(files) == weights | told
     assert verify(tmp_path / "model.zip").ok
 

@@ -54,6 +54,12 @@ def test_the_wheel_holds_the_core_and_both_doors(wheel):
     assert shipped == expected
 
 
+def test_the_wheel_carries_the_templates_of_the_card(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        shipped = {name for name in archive.namelist() if "/templates/" in name}
+    assert shipped == {f"nnunet_dp/templates/{file.name}" for file in (CORE / "templates").iterdir()} and shipped
+
+
 def test_the_wheel_carries_the_licence_and_the_command(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()

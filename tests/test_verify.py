@@ -189,7 +189,49 @@ def _fewer_everywhere(files: Files) -> None:
     files["privacy_card.json"] = said.model_copy(update={"folds": folds}).content
 
 
+def in_text(name: str, old: str, new: str) -> Plant:
+    def plant(files: Files) -> None:
+        assert old.encode() in files[name]
+        files[name] = files[name].replace(old.encode(), new.encode(), 1)
+
+    return plant
+
+
+def figures(edit: Callable[[dict[str, Any]], dict[str, Any]] | None = None, **changes: Any) -> Plant:
+    def change(content: dict[str, Any]) -> None:
+        content["figures"].update(edit(content["figures"]) if edit else changes)
+
+    return in_json("privacy_card.json", change)
+
+
+def halved(points: str, name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda told: {points: [{**point, name: point[name] / 2} for point in told[points]]}
+
+
+def training(**changes: Any) -> Plant:
+    return in_json("privacy_card.json", lambda content: content["training"].update(changes))
+
+
+def other_version(files: Files) -> None:
+    """A page that another version rendered otherwise."""
+    in_json("privacy_card.json", lambda content: content["versions"].update(nnunet_dp="9.9"))(files)
+    in_text("privacy_card.html", "nnunet_dp 0.1.0", "nnunet_dp 9.9")(files)
+    in_text("privacy_card.html", "</main>", "<p>new</p></main>")(files)
+
+
 LEAKS: dict[str, tuple[Plant, str]] = {
+    "another word on the page": (in_text("privacy_card.html", "per patient", "per  patient"), "html is not what"),
+    "script on the page": (in_text("privacy_card.html", "</main>", "<script>1</script></main>"), "html is not what"),
+    "a smaller number in the README": (in_text("README.md", "| epsilon | 2", "| epsilon | 1"), "README.md is not what"),
+    "page of another version": (other_version, "the card is by 9.9, verify with that"),
+    "case name in the README": (adding("README.md", b"tube_07 was hard"), "README.md is not what"),
+    "no page": (lambda files: files.pop("privacy_card.html"), "privacy_card.html is missing"),
+    "a weaker attacker": (figures(attack=[]), "privacy_card.json: figures.attack"),
+    "a weaker attacker, drawn": (figures(halved("attack", "true_positive_rate")), "figures.attack are not those"),
+    "a cheaper course": (figures(halved("course", "epsilon")), "figures.course are not those"),
+    "cheaper prices": (figures(lambda told: {"prices": [0.1] * len(told["prices"])}), "figures.prices are not those"),
+    "another schedule": (training(steps=2), "took 5 steps, the schedule has 2"),
+    "no schedule": (card(training=None), "its clip rule and its schedule"),
     "fingerprint": (adding("dataset_fingerprint.json", b'{"spacings": [[1, 1]]}'), "fingerprint.json is not declared"),
     "log": (adding("fold_0/training_log_2026_11_23.txt", b"Dice 0.8"), "training_log_2026_11_23.txt is not declared"),
     "debug.json": (adding("fold_0/debug.json", b'{"hostname": "gpu-3"}'), "debug.json is not declared"),

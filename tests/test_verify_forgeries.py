@@ -92,7 +92,7 @@ def _no_training_at_all(files: Files) -> None:
 def _at_sites(files: Files) -> None:
     site = SiteRow(
         site=1, epsilon=0.01, delta=1e-9, unit="patient", rounds=5, counted="as reported", charges=[],
-        epsilon_total=None,
+        epsilon_total=None, thresholds=[],
     )  # fmt: skip
     card(charges=[], dataset=None, clip=None, epsilon=0.01, delta=1e-9, sampler=None, sites=[site])(files)
 

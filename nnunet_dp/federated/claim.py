@@ -7,6 +7,7 @@ the card says so. Sites become numbers: who took part is theirs to tell.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nnunet_dp.card import ClientLevelRow, SiteRow, canonical_charges, sampler_o
 from nnunet_dp.charges import LedgerEntry, events_of
 from nnunet_dp.claim import NO_GUARANTEE_RUNS, Claim
 from nnunet_dp.errors import Refusal, UsageRefusal
-from nnunet_dp.federated.summary import SiteSummary, Summary, charges_of_sites, read_summary
+from nnunet_dp.federated.summary import SiteSummary, Summary, charges_of_sites, read_summary, thresholds_of
 from nnunet_dp.run import FINAL, read_checkpoint
 
 _FOLD = "all"  # of every federated model
@@ -43,9 +44,10 @@ def federated_claim(model: Path) -> Claim:
     checkpoint = read_checkpoint(model / f"fold_{_FOLD}" / FINAL)
     if checkpoint["init_args"].get("run") != told.run:
         raise Refusal(f"{FINAL} in {model.name} was written by another run than federated.json says: --resume mends it")
-    charges = charges_of_sites(told)
+    charges, thresholds = charges_of_sites(told), thresholds_of(told)
     spent = [site for site in told.sites if site.spent]  # a site that spent nothing released nothing
-    rows = [_row(number, site, charges.get(site.name)) for number, site in enumerate(spent, 1)]
+    known = [(site, charges.get(site.name), thresholds.get(site.name, ())) for site in spent]
+    rows = [_row(number, *about) for number, about in enumerate(known, 1)]
     return Claim(_fields(told, rows), {_FOLD: (0, int(checkpoint["init_args"]["steps"]))})
 
 
@@ -54,7 +56,9 @@ def _anonymous(words: str) -> str:
     return re.sub(r"Dataset\d{3}_\S+", "a named dataset", words)
 
 
-def _row(number: int, site: SiteSummary, charged: tuple[LedgerEntry, ...] | None) -> SiteRow:
+def _row(
+    number: int, site: SiteSummary, charged: tuple[LedgerEntry, ...] | None, thresholds: Sequence[float]
+) -> SiteRow:
     counted = site.recounted is not None and charged is not None
     assert site.spent is not None and site.delta is not None
     return SiteRow(
@@ -66,6 +70,7 @@ def _row(number: int, site: SiteSummary, charged: tuple[LedgerEntry, ...] | None
         counted="from its ledger" if counted else "as reported",
         charges=canonical_charges(charged or ()) if counted else [],
         epsilon_total=site.dataset_total if counted else None,
+        thresholds=list(thresholds) if counted else [],
     )
 
 
@@ -85,6 +90,7 @@ def _fields(told: Summary, rows: list[SiteRow]) -> dict[str, Any]:
         "client_level": level,
         "clip": None,
         "sampler": sampler_of(charges),
+        "training": None,
         "accountant": which_accountant(events_of(row.charge for row in charges), delta),
         "public_inputs": [_PUBLIC, *(f"{what}: {_anonymous(words)}" for what, words in told.inputs.items())],
         "covers": ["weights of the model, which are means of what the sites released"],

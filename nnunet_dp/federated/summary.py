@@ -239,6 +239,23 @@ def charges_of_sites(summary: Summary) -> dict[str, tuple[LedgerEntry, ...]]:
     return {name: entries for name, entries in found.items() if entries}
 
 
+def thresholds_of(summary: Summary) -> dict[str, tuple[float, ...]]:
+    """Noised threshold of each site after each round, as its replies said, where the run's folder is at hand."""
+    from nnunet_dp.federated.coordinator import PROGRESS
+
+    folder = _run_folder(summary.run)
+    if folder is None or not (folder / PROGRESS).is_file():
+        return {}
+    lines = (folder / PROGRESS).read_text().splitlines()
+    rounds = {row["round"]: row["sites"] for row in map(json.loads, lines)}  # a round that was held again counts once
+    told = {name: [rounds[number].get(name, {}).get("bound") for number in sorted(rounds)] for name in _names(summary)}
+    return {name: tuple(bounds) for name, bounds in told.items() if bounds and None not in bounds}
+
+
+def _names(summary: Summary) -> list[str]:
+    return [site.name for site in summary.sites]
+
+
 def _fold_of(run: str, results: Path) -> Path | None:
     """The site's own folder of a run, archived or not; its checkpoint says which run it is."""
     from nnunet_dp.run import LATEST, read_checkpoint
