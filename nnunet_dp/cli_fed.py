@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.workers import is_tenth
+from nnunet_dp.workers import in_tenths
 
 if TYPE_CHECKING:
     from nnunet_dp.federated.new_run import RunOptions
@@ -239,7 +239,7 @@ def simulate_command(
         if folder is None:
             raise UsageRefusal("--resume needs the run's folder and nothing else: --resume --folder FOLDER")
         _refuse_beside_resume(context, "folder", "resume", "as_json")
-        _show_summary(simulation.resume(folder.resolve(), _say, _plain_progress), as_json)
+        _show_summary(simulation.resume(folder.resolve(), _say, in_tenths(_say, "public start")), as_json)
         return
     asked = simulation.Simulation(
         datasets=(*(datasets or ()), *(more or ())),
@@ -250,7 +250,7 @@ def simulate_command(
         processes=processes,
     )
     options = _run_options(locals())
-    _show_summary(simulation.simulate(asked, options, _say, _plain_progress), as_json)
+    _show_summary(simulation.simulate(asked, options, _say, in_tenths(_say, "public start")), as_json)
 
 
 @fed.command("status")
@@ -418,7 +418,7 @@ def run_command(
 
     if resume is not None:
         _refuse_beside_resume(context, "folder", "resume", "server", "as_json")
-        _show_summary(deployment.resume(folder, resume, server, _say, _plain_progress), as_json)
+        _show_summary(deployment.resume(folder, resume, server, _say, in_tenths(_say, "public start")), as_json)
         return
     if sites is None or patients is None or dataset_json is None:
         raise UsageRefusal(
@@ -427,7 +427,7 @@ def run_command(
         )
     asked = deployment.Asked(sites, patients, dataset_json, model_dataset, device.value, processes, server)
     options = _run_options(locals() | {"plans": None})
-    _show_summary(deployment.run(folder, asked, options, _say, _plain_progress), as_json)
+    _show_summary(deployment.run(folder, asked, options, _say, in_tenths(_say, "public start")), as_json)
 
 
 # ---- what the commands share -------------------------------------------------------------------------------------
@@ -523,11 +523,6 @@ def _client_level(text: str | None) -> tuple[float, float, float] | None:
 def _say(line: str) -> None:
     typer.echo(line, err=True)
     sys.stderr.flush()
-
-
-def _plain_progress(done: int, total: int) -> None:
-    if is_tenth(done, total):
-        _say(f"public start: {done} of {total}")
 
 
 def _show_summary(folder: Path, as_json: bool) -> None:

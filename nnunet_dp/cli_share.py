@@ -23,7 +23,7 @@ share = typer.Typer(rich_markup_mode=None)
 _Model = Annotated[
     Path, typer.Option("-m", "--model", exists=True, file_okay=False, help="The model's folder, with its folds.")
 ]
-_Further = Annotated[list[str] | None, typer.Argument(metavar="", help="Further folds, after -f.")]
+_Further = Annotated[list[str] | None, typer.Argument(hidden=True, metavar="[FOLDS]...")]
 
 
 @share.command("card")

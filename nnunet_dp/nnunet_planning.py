@@ -7,7 +7,7 @@ and dataset.json, and the result becomes a plans file that nnU-Net understands.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -331,7 +331,7 @@ def _difference(before: PrivacySection, now: PrivacySection) -> str:
         name: (vars(before)[name], vars(now)[name]) for name in PrivacySection.model_fields if name != "configurations"
     }
     budgets = pairs.pop("budget")
-    pairs |= {field.name: tuple(getattr(budget, field.name) for budget in budgets) for field in fields(PrivacyBudget)}
+    pairs |= {name: tuple(vars(budget)[name] for budget in budgets) for name in PrivacyBudget.model_fields}
     shown = ("epsilon", "delta", "unit", "patients", "source_plans")
     told = [
         f"{name} {old} there, {new} now" if name in shown else name for name, (old, new) in pairs.items() if old != new

@@ -19,6 +19,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 Progress = Callable[[int, int], None]
 """Told (items done, items in all) after each item."""
+LONGEST_SILENCE_S = 15.0
+"""Of a log, while something is under way."""
 
 
 def in_order(
@@ -51,13 +53,15 @@ def is_tenth(done: int, total: int) -> bool:
 
 
 def in_tenths(say: Callable[[str], None], what: str) -> Progress:
-    """Progress for a log: a line with the time that is left, at every tenth."""
-    began = time.monotonic()
+    """Progress for a log: a line with the time that is left, at every tenth and where that takes long."""
+    began = told = time.monotonic()
 
     def tell(done: int, total: int) -> None:
-        if is_tenth(done, total):
-            left = (time.monotonic() - began) / done * (total - done)
-            say(f"{what}: {done} of {total}, {left / 60:.1f} min left")
+        nonlocal told
+        now = time.monotonic()
+        if is_tenth(done, total) or now >= told + LONGEST_SILENCE_S:
+            told = now
+            say(f"{what}: {done} of {total}, {(now - began) / done * (total - done) / 60:.1f} min left")
 
     return tell
 

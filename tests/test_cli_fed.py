@@ -243,6 +243,22 @@ def test_simulate_refuses_in_one_line_before_anything_starts(raw, tmp_path, caps
     assert not any((tmp_path / "results").iterdir())
 
 
+def test_ctrl_c_before_a_run_is_decided_leaves_a_folder_for_the_next_attempt(raw, tmp_path, monkeypatch, capsys):
+    from nnunet_dp.federated import new_run
+
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(new_run, "find_plans", lambda *_: None)
+    monkeypatch.setattr(new_run, "make_run", interrupted)
+    run = tmp_path / "run"
+    said = told(capsys, "simulate", "--datasets", 4, "--folder", run, exit_code=130)
+    assert f"no site was asked yet: the same command with --folder {run} begins again" in said
+    write_dataset(raw.parent, "lesion", 2, 3, dataset_id=5, shape=(32, 32)).rename(raw.parent / "Dataset005_Other")
+    told(capsys, "simulate", "--datasets", 5, "--folder", run, exit_code=130)
+    assert [file.stem for file in (run / "settings").iterdir()] == ["Other"]
+
+
 def test_datasets_that_are_described_differently_cannot_share_a_network(raw, capsys):
     other = write_dataset(raw.parent, "lesion", 2, 3, dataset_id=5, shape=(32, 32))
     described = json.loads((other / "dataset.json").read_text())

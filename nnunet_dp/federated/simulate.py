@@ -18,6 +18,7 @@ the coordinator goes on after the last round that it wrote.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -162,21 +163,23 @@ def _decide_and_run(folder: Path, asked: Simulation, options: Any, say: Say, pro
         found = plans_by_survey(
             folder, asked, options, described, facts, [site.name for site in sites], ask
         )
-    made = make_run(
-        folder=folder,
-        options=options,
-        dataset_json=described,
-        configuration=configuration,
-        sites=facts,
-        found=found,
-        model_dataset=asked.model_dataset or names[0],
-        starts=nnunet_folder("preprocessed") / names[0],
-        device=device_of(asked.device),
-        processes=asked.processes,
-        names=[site.name for site in sites],
-        say=say,
-        progress=progress,
-    )
+    undecided = f"no site was asked yet: the same command with --folder {folder} begins again"
+    with told_at_ctrl_c(say, undecided if options.fingerprint_share is None else _again(folder)):
+        made = make_run(
+            folder=folder,
+            options=options,
+            dataset_json=described,
+            configuration=configuration,
+            sites=facts,
+            found=found,
+            model_dataset=asked.model_dataset or names[0],
+            starts=nnunet_folder("preprocessed") / names[0],
+            device=device_of(asked.device),
+            processes=asked.processes,
+            names=[site.name for site in sites],
+            say=say,
+            progress=progress,
+        )
     return run_to_the_end(made.folder, say)
 
 
@@ -213,7 +216,7 @@ def _submitted(folder: Path, say: Say, config: Path, place: Path) -> None:
     """One coordinator, run to its end in ``place`` among all sites of the simulation."""
     from nnunet_dp.federated.flower_processes import FlowerProcesses
 
-    again = f"`nnunet-dp fed simulate --resume --folder {folder}` goes on"
+    again = _again(folder)
     with FlowerProcesses(folder / "flower") as flower, told_at_ctrl_c(say, again):
         server = flower.start_superlink()
         for settings in sorted((folder / SETTINGS).glob("*.toml")):
@@ -221,6 +224,10 @@ def _submitted(folder: Path, say: Say, config: Path, place: Path) -> None:
         end = flower.wait(flower.submit(server, config, place), say)
     if end.exit_code:
         raise ended_early(end, again)
+
+
+def _again(folder: Path) -> str:
+    return f"`nnunet-dp fed simulate --resume --folder {folder}` goes on"
 
 
 def _refuse_weights(weights: Any, sites: Sequence[LocalSite]) -> None:
@@ -233,8 +240,9 @@ def _new_folder(folder: Path | None) -> Path:
     import secrets
 
     made = folder or nnunet_folder("results") / "federated_runs" / f"run_{secrets.token_hex(4)}"
-    if made.exists() and any(made.iterdir()):
+    if made.exists() and any(file.name != SETTINGS for file in made.iterdir()):  # settings alone: nothing was decided
         raise UsageRefusal(f"{made.name} should be a new folder, found files: --resume goes on with a run")
+    shutil.rmtree(made / SETTINGS, ignore_errors=True)  # those of an attempt with other sites would take part
     return made.resolve()
 
 
