@@ -4,7 +4,8 @@ Two channels. Words (draws, reports, facts) go over a gloo group of our own, whi
 to prepare, and notices at once when a process is gone. Tensors go over the group that nnU-Net made: NCCL between GPUs,
 gloo between processors. Before every exchange of tensors the ranks meet over words, so that NCCL never waits for long.
 
-What is exchanged during a step is private: it stays on one machine, and gloo is told to use its loopback interface.
+What is exchanged during a step is private: processes on machines of different names are refused, and gloo is told to
+use the loopback interface where nnU-Net made the group.
 
 Formal guarantee:
     No call returns on one rank unless every rank that takes part in it was alive; where one is not, it raises
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -61,6 +63,9 @@ class ProcessGroup:
     Attributes:
         rank: 0 is the first.
         size: number of ranks.
+
+    Raises:
+        Refusal: for a backend that is not known, and for processes on several machines.
     """
 
     def __init__(self) -> None:
@@ -70,8 +75,20 @@ class ProcessGroup:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         with _together():
             self._words: Any = distributed.new_group(backend="gloo", timeout=_AS_LONG_AS_IT_TAKES)
+        self._refuse_several_machines()
         if multiprocessing.parent_process() is not None:
             threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+
+    def _refuse_several_machines(self) -> None:
+        """Sums without noise must not cross a network."""
+        hosts: list[str] = [""] * self.size
+        with _together():
+            distributed.all_gather_object(hosts, socket.gethostname(), group=self._words)
+        if len(set(hosts)) > 1:
+            raise Refusal(
+                f"all processes of a training should run on one machine, found {len(set(hosts))}: sums without noise "
+                "would cross the network; use the GPUs of one machine, or `nnunet-dp fed` between sites"
+            )
 
     def __repr__(self) -> str:
         """Public facts only: nnU-Net prints every attribute of a trainer to disk."""

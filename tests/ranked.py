@@ -7,6 +7,7 @@ what it saw in ``folder``.
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def all_scenarios(group: ProcessGroup, folder: Path) -> None:
     seen = {"drawn": drawn_slots(group, folder), "noise": noised(group, folder)}
     seen["disagreement"], seen["agreement"] = agreement(group, ["plan", str(group.rank)]), agreement(group, ["plan"])
     seen["twice"], seen["never"] = wrong_shares(group, 0, 2), wrong_shares(group, group.rank, 3)
-    seen["bound"] = other_bound(group)
+    seen["bound"], seen["elsewhere"] = other_bound(group), elsewhere(group)
     for rule in RULE_NAMES:
         for name, engine in ENGINES.items():
             without_noise_or_chance()
@@ -158,6 +159,16 @@ def wrong_shares(group: ProcessGroup, first: int, step: int) -> str:
 def other_bound(group: ProcessGroup) -> str:
     """A follower that clips to twice the leader's bound."""
     return clip_once(group, bound=1.0 + group.rank)
+
+
+def elsewhere(group: ProcessGroup) -> str:
+    """A second group, of which every rank believes to be on a machine of its own."""
+    real = socket.gethostname
+    socket.gethostname = lambda: f"machine {group.rank}"
+    try:
+        return refusal(ProcessGroup)
+    finally:
+        socket.gethostname = real
 
 
 def clip_once(group: ProcessGroup, share: Callable[[Draw], Draw] | None = None, bound: float = 1.0) -> str:

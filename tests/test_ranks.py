@@ -98,6 +98,10 @@ def test_processes_that_see_other_data_are_refused_before_any_charge(seen):
     assert seen[0]["agreement"] == ""
 
 
+def test_processes_on_several_machines_are_refused(seen):
+    assert all("on one machine, found 2" in found["elsewhere"] for found in seen)
+
+
 # ---- noise once, charges once ------------------------------------------------------------------------------------
 
 
