@@ -37,7 +37,8 @@ from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
 from nnunet_dp.gradients import Engine, Record, one_at_a_time, trainable
 from nnunet_dp.l1_clipping import LaplaceStep, one_at_a_time_l1
 from nnunet_dp.ledger import Ledger, Receipt
-from nnunet_dp.mechanisms import GaussianWithCount, NoisedSum, SubsampledGaussian, fresh_generator
+from nnunet_dp.mechanisms import ClippedSum, GaussianWithCount, NoisedSum, SubsampledGaussian, fresh_generator
+from nnunet_dp.ranks import Alone, Clip, Draw, Ranks
 from nnunet_dp.sampling import poisson_draw
 
 RecordsOf = Callable[[int, list[int]], Iterable[Record]]
@@ -160,11 +161,29 @@ class Execution:
         device: where the network lives.
         engine: per-sample gradient engine.
         autocast: context of the forward pass (bfloat16 where the device is fast at it).
+        ranks: processes that share each step.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     engine: Engine = one_at_a_time
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ranks: Ranks = field(default_factory=Alone)
+
+    def clip(
+        self,
+        network: nn.Module,
+        loss: Callable[[Any, Any], Tensor],
+        records_of: RecordsOf,
+        rule: ClipRule,
+        watch: Callable[[Tensor], None] = lambda loss: None,
+    ) -> Clip:
+        """This process's part of a step: the clipped sum of the patients that it is given, with the draw's bound."""
+
+        def clipped(draw: Draw) -> ClippedSum:
+            own = replace(rule, bound=draw.bound)
+            return self.engine(network, loss, records_of(draw.step, draw.slots), own, self.autocast, watch)
+
+        return clipped
 
 
 class PrivateTraining:
@@ -191,6 +210,8 @@ class PrivateTraining:
         ledger: Ledger,
     ) -> None:
         plan.verify()
+        if plan.rule.order == 1 and execution.ranks.size > 1:
+            raise UsageRefusal("an L1 clip rule should be trained with by one process, found several: use one device")
         self.network, self.loss, self.ledger = network, loss, ledger
         self.plan, self.schedule, self.execution = plan, schedule, execution
         self.rule = plan.rule
@@ -230,18 +251,22 @@ class PrivateTraining:
         self._refuse_beyond_budget()
         receipts = [self.ledger.charge(charge, self.checkpoint) for charge in self.next_charges]
         drawn = poisson_draw(self.plan.units, self.plan.sampling_probability, fresh_generator("cpu"))
-        self._descend(self._released(records_of(self.step, drawn), receipts, watch))
+        self._descend(self._released(records_of, drawn, receipts, watch))
+        self.execution.ranks.send_weights(self.network)
 
     def _released(
-        self, records: Iterable[Record], receipts: list[Receipt], watch: Callable[[Tensor], None]
+        self, records_of: RecordsOf, drawn: list[int], receipts: list[Receipt], watch: Callable[[Tensor], None]
     ) -> NoisedSum:
-        """The clipped sum of the records, noised against its receipts."""
+        """The clipped sum of the drawn patients, noised against its receipts."""
         mechanism, execution = self.plan.mechanism, self.execution
-        inputs = (self.network, self.loss, records, self.rule, execution.autocast, watch)
         if isinstance(mechanism, LaplaceStep):
-            return mechanism.release(one_at_a_time_l1(*inputs), receipts, fresh_generator(execution.device))
+            records = records_of(self.step, drawn)
+            clipped = one_at_a_time_l1(self.network, self.loss, records, self.rule, execution.autocast, watch)
+            return mechanism.release(clipped, receipts, fresh_generator(execution.device))
         (receipt,) = receipts
-        return mechanism.release(execution.engine(*inputs), receipt, fresh_generator(execution.device))
+        clip = execution.clip(self.network, self.loss, records_of, self.rule, watch)
+        whole = execution.ranks.clipped_sum(Draw(self.step, drawn, self.rule.bound), clip)
+        return mechanism.release(whole, receipt, fresh_generator(execution.device))
 
     def _refuse_beyond_budget(self) -> None:
         own = self.ledger.own_entries

@@ -144,10 +144,11 @@ def _initialise(source: Source, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="Warning! No annotated pixels")  # says something about one patient
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
+    """End this process when the one that started it is gone; for a thread."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)

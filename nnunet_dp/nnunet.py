@@ -335,18 +335,23 @@ class CallingOptions:
 
 
 def calling_options() -> CallingOptions:
-    """The flags of the ``run_training`` call that made this trainer, read from its stack frame."""
+    """The flags of the ``run_training`` call that made this trainer, read from its stack frame.
+
+    With several GPUs nnU-Net makes one trainer in each process of its own, by ``run_ddp``.
+    """
     frame, found, command_line = inspect.currentframe(), None, False
     while frame is not None:
         spec = frame.f_globals.get("__spec__")  # under `python -m` the module's name is __main__
         if "nnunetv2.run.run_training" in (frame.f_globals.get("__name__"), getattr(spec, "name", None)):
-            if frame.f_code.co_name == "run_training":
-                found = {
-                    k: frame.f_locals[k] for k in inspect.signature(CallingOptions).parameters if k in frame.f_locals
-                }
-            command_line |= frame.f_code.co_name == "run_training_entry"
+            if frame.f_code.co_name in ("run_training", "run_ddp"):
+                flags = {_OF_RUN_DDP.get(name, name): value for name, value in frame.f_locals.items()}
+                found = {k: flags[k] for k in inspect.signature(CallingOptions).parameters if k in flags}
+            command_line |= frame.f_code.co_name in ("run_training_entry", "run_ddp")
         frame = frame.f_back
     return CallingOptions(**{**(found or {}), "from_command_line": command_line})
+
+
+_OF_RUN_DDP = {"val": "only_run_validation", "world_size": "num_gpus"}
 
 
 def file_sha256(file: Path | str) -> str:

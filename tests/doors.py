@@ -291,6 +291,24 @@ def linked(place: Workplace) -> Workplace:
     return place
 
 
+def over_gloo(place: Workplace, folder: Path) -> Workplace:
+    """The same workplace with an nnunetv2 whose ``-num_gpus`` needs no GPU: gloo for NCCL, no CUDA device is set."""
+    shutil.copytree(place.nnunet, folder)
+    command = folder / "nnunetv2" / "run" / "run_training.py"
+    text = command.read_text()
+    for theirs, ours in _GPU_ONLY.items():
+        assert text.count(theirs) == 1, theirs
+        text = text.replace(theirs, ours)
+    command.write_text(text)
+    return replace(place, nnunet=folder)
+
+
+_GPU_ONLY = {
+    '"nccl"': '"gloo"',
+    "torch.cuda.set_device(torch.device('cuda', dist.get_rank()))": "pass",
+}
+
+
 def with_variable(place: Workplace, *folders: Path) -> Workplace:
     """The same workplace after ``eval "$(nnunet-dp env)"``, with other folders named before."""
     before = os.pathsep.join(map(str, folders))
@@ -363,6 +381,12 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen[str], se
         assert process.poll() is None, f"the training ended with {process.returncode} before it could be observed"
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.01)
+
+
+def spawned(process: subprocess.Popen[str]) -> list[int]:
+    """The processes that ``multiprocessing`` spawned in this one, oldest first (Linux: read from /proc)."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 def _survivors(group: int, seconds: float = 5) -> int:

@@ -30,9 +30,11 @@ from doors import (
     hippocampus_with_regions,
     lesion,
     linked,
+    over_gloo,
     private_words,
     read_lines,
     recounted_epsilon,
+    spawned,
     unlinked_nnunet,
     wait_until,
 )
@@ -449,6 +451,45 @@ def test_validation_alone_charges_nothing(place):
     shutil.rmtree(model.fold_folder / "validation")
     assert "Mean Validation Dice" in model.train("--val")
     assert len(place.charges()) == 2
+
+
+# ---- several processes: nnU-Net's own command, with gloo in place of NCCL ----------------------------------------
+
+
+TWO = ("-device", "cuda", "-num_gpus", 2)  # nnU-Net's command wants cuda; over gloo the trainer takes the processor
+
+
+def test_two_processes_train_one_model_with_one_ledger(place, tmp_path):
+    model = auto_s(over_gloo(place, tmp_path / "gloo"))
+    console = model.train(*TWO)
+    assert_trained(model)
+    assert "2 processes share each step" in console and "Mean Validation Dice" in console
+    assert console.count("guarantee         epsilon 8") == console.count("Training done") == 1
+    assert [line["first_step"] for line in place.charges()] == [0, 1]
+    assert not [word for word in private_words(place) if word in console]
+    assert len(list((model.fold_folder / "validation").glob("*.png"))) >= 2
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_the_command_and_one_device_goes_on(killed_lesion, tmp_path, rank):
+    crashed = auto_s(killed_lesion.copied_to(tmp_path / "copy"))
+    model = replace(crashed, place=over_gloo(crashed.place, tmp_path / "gloo"))
+    before = len(model.place.charges())
+    with model.training("--c", *TWO) as process:
+        wait_until(lambda: len(model.place.charges()) >= before + 2, process)
+        os.kill(spawned(process)[rank], 9)
+        assert process.wait(timeout=60) != 0
+    left = len(model.place.charges())
+    assert chain_holds(model.place.charges()) and before + 2 <= left < 20
+    crashed.train("--c")
+    status = model.status()
+    assert status["finished"] and len(model.place.charges()) == 20 and status["epsilon_spent"] <= 8
+
+
+def test_what_is_refused_is_refused_by_the_first_process_alone(place, tmp_path):
+    model = auto_s(over_gloo(place, tmp_path / "gloo"))
+    said = model.train(*TWO, "--disable_checkpointing", exit_code=1)
+    assert said.count("nnunet_dp refuses: --disable_checkpointing") == 1 and not place.charges()
 
 
 # ---- the wheel ---------------------------------------------------------------------------------------------------

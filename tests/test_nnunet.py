@@ -29,6 +29,8 @@ def run_training(ask, pretrained_weights=None, num_gpus=1, only_run_validation=F
     return (lambda: ask())()  # some frames lie between
 def run_training_entry(ask, **options):
     return run_training(ask, **options)
+def run_ddp(ask, disable_checkpointing, val, pretrained_weights, val_with_best, world_size):
+    return ask()
 """
 
 
@@ -59,6 +61,20 @@ def test_the_flags_are_read_from_the_call_that_made_the_trainer(nnunets_command)
 def test_the_command_line_is_told_from_a_call_in_python(nnunets_command):
     assert nnunets_command.run_training_entry(nnunet.calling_options).from_command_line
     assert not nnunets_command.run_training(nnunet.calling_options).from_command_line
+
+
+def test_with_several_gpus_the_flags_are_those_of_each_process(nnunets_command):
+    found = nnunets_command.run_ddp(nnunet.calling_options, True, True, "w.pth", True, 4)
+    assert found == CallingOptions("w.pth", True, True, True, 4, from_command_line=True)
+
+
+def test_nnunet_names_the_flags_of_each_process_as_expected():
+    from inspect import signature
+
+    from nnunetv2.run.run_training import run_ddp
+
+    expected = {"disable_checkpointing", "val", "pretrained_weights", "val_with_best", "world_size"}
+    assert expected <= set(signature(run_ddp).parameters)
 
 
 def test_a_function_of_the_same_name_elsewhere_has_no_say(nnunets_command):

@@ -17,6 +17,7 @@ import math
 import os
 import sys
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from time import time
 
@@ -35,7 +36,7 @@ from nnunet_dp import plans as private_plans
 from nnunet_dp.admission import refuse_coupling
 from nnunet_dp.charges import epsilon_of
 from nnunet_dp.clipping import RULE_NAMES
-from nnunet_dp.dpsgd import PrivateTraining
+from nnunet_dp.dpsgd import Execution, PrivateTraining
 from nnunet_dp.engine_choice import execution_for
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.learning import ballot_for, boxes_around, learn_once, own_rules, reference_facts
@@ -46,7 +47,9 @@ from nnunet_dp.nnunet_cases import CaseReader, refuse_unusable
 from nnunet_dp.nnunet_planning import self_configured
 from nnunet_dp.nnunet_start import ensure_start
 from nnunet_dp.patients import Patients
+from nnunet_dp.process_group import FIRST, ProcessGroup, device_type, is_shared
 from nnunet_dp.public_start import PROVENANCE
+from nnunet_dp.ranks import Alone, Follower, Leader
 from nnunet_dp.report import banner, plot_spending
 from nnunet_dp.run import FINAL, LATEST, RunFolder, read_checkpoint, write_checkpoint
 from nnunet_dp.soft_morphology import MorphedNetwork, SoftMorphology
@@ -104,6 +107,10 @@ class nnUNetTrainerDP(nnUNetTrainer):
 
     @_refuse_cleanly
     def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):  # noqa: B008
+        self._group = ProcessGroup() if is_shared() else None
+        self._ranks = Leader(self._group) if self._leads else Alone()
+        if self._follows:
+            self._group.wait()  # until the leader has made what all read, and refused what all would refuse
         options = nnunet.calling_options()
         self._refuse_options(options, device)
         description.checked(dataset_json)
@@ -119,6 +126,7 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self.private_plan = private_plans.configuration_plan(self.section, configuration)
         self._refuse_weights(options)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self._leave_ddp()
         self.grad_scaler = None  # it would skip steps on un-noised infinities
         self.configuration_manager.configuration["batch_dice"] = False  # a batch's Dice would couple patients
         if self.is_cascaded:
@@ -134,6 +142,22 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self._resume: dict | None = None
         self._radii = None
         self._only_weights = False
+        if self._leads:
+            self._group.wait()
+
+    @property
+    def _follows(self):
+        return self._group is not None and self._group.rank != FIRST
+
+    @property
+    def _leads(self):
+        return self._group is not None and self._group.rank == FIRST
+
+    def _leave_ddp(self):
+        """Not nnU-Net's way with several GPUs: DDP, a part of the batch each, losses that see other ranks' patients."""
+        if self._group is not None:
+            self.device = torch.device("cuda", self._group.rank) if device_type() == "cuda" else torch.device("cpu")
+            self.is_ddp = False
 
     # ---- refusals, all before the first charge -----------------------------------------------------------------
 
@@ -142,8 +166,6 @@ class nnUNetTrainerDP(nnUNetTrainer):
             raise Refusal("nnUNet_wandb_enabled uploads plans and Dice of private data: unset it")
         if device.type not in ("cpu", "cuda"):
             raise Refusal(f"-device {device.type} has no float64, in which gradients are summed: use cuda or cpu")
-        if options.num_gpus > 1 or (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            raise Refusal("-num_gpus > 1 is not supported yet: train on one device")
         if options.val_with_best:
             raise Refusal("--val_best needs checkpoint_best, which is chosen on private validation data: leave it out")
         if options.disable_checkpointing:
@@ -307,6 +329,9 @@ class nnUNetTrainerDP(nnUNetTrainer):
         plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
         plan.verify()
         nnunet.refuse_unpaid_fingerprint(run.dataset_ledger, self.private_plan)
+        if self._leads:
+            self._ranks.agree(self._facts(plan, slots))
+            self.print_to_log_file(f"{self._group.size} processes share each step; the first one charges and noises.")
         self._refuse_early(run, slots, plan)
         provenance = self._begin_from_public_start()
         self._start(run, slots, plan, provenance)
@@ -315,6 +340,8 @@ class nnUNetTrainerDP(nnUNetTrainer):
         self._write_model_files()
         self._banner(len(slots))
         self._learn_morphology(slots)
+        if self._leads:
+            self._ranks.begin(self._radii, self._module())
         self._started = time(), self.private.step
 
     def _refuse_unusable(self, cases):
@@ -372,14 +399,18 @@ class nnUNetTrainerDP(nnUNetTrainer):
         if provenance is not None:
             save_json(provenance, str(Path(self.output_folder) / PROVENANCE), sort_keys=False)
         schedule = self.private_plan.schedule(self.clip_rule)
-        autocast = functools.partial(nnunet.autocast, self.device)
-        execution = execution_for(self.device, autocast, plan.steps, plan.expected_batch, self.print_to_log_file)
+        execution = replace(self._execution(plan), ranks=self._ranks)
         self.private = PrivateTraining(self.network, self.loss, plan, schedule, execution, ledger)
         self._data_digest = nnunet.data_digest(Path(self.preprocessed_dataset_folder), slots, self.private_plan)
         if self._resume:
             self.private.restore(self._resume, self._data_digest)
             self._resume = None
         self._save_latest()  # before the first charge: whatever dies from here on can be continued
+
+    def _execution(self, plan) -> Execution:
+        share = plan.expected_batch / (self._group.size if self._group else 1)
+        autocast = functools.partial(nnunet.autocast, self.device)
+        return execution_for(self.device, autocast, plan.steps, share, self.print_to_log_file)
 
     def _learn_morphology(self, slots):
         """Once per run, before its first step: how to refine, from the masks, for the plan's share of the budget."""
@@ -433,8 +464,13 @@ class nnUNetTrainerDP(nnUNetTrainer):
     @_refuse_cleanly
     def run_training(self):
         """nnU-Net's loop over epochs of a few private steps, until the schedule or the budget ends."""
+        if self._group is not None:
+            self._only_weights = self._group.said(self._only_weights)
         if self._only_weights:
             self.print_to_log_file("This training is finished; nothing is left to continue.")
+            return
+        if self._follows:
+            self._follow()
             return
         self.on_train_start()
         while not self.private.finished:
@@ -451,6 +487,33 @@ class nnUNetTrainerDP(nnUNetTrainer):
                 self.on_validation_epoch_end([self.validation_step(next(self.dataloader_val)) for _ in batches])
             self.on_epoch_end()
         self.on_train_end()
+        if self._leads:
+            self._ranks.finish(self._module())
+
+    def _facts(self, plan, slots):
+        """What all processes must see alike: rank 1 must not know another patient under a slot's number."""
+        data = nnunet.data_digest(Path(self.preprocessed_dataset_folder), slots, self.private_plan)
+        in_order = private_plans.json_sha256([[slot, list(cases)] for slot, cases in slots.items()])
+        return type(self).__name__, plan.digest(), data, in_order
+
+    def _follow(self):
+        """A training in any process but the first: its share of each step's patients, and nothing else."""
+        if not self.was_initialized:
+            self.initialize()
+        follower = Follower(self._group)
+        follower.wait()
+        self._refuse_changes()
+        slots, _ = self._slots()
+        plan = self.private_plan.privacy_plan(self.section.budget, self.clip_rule, len(slots))
+        follower.agree(self._facts(plan, slots))
+        radii = follower.begin()
+        if radii is not None:
+            self._open_logits(radii)
+        loader, _ = self.get_dataloaders()
+        self.set_deep_supervision_enabled(self.enable_deep_supervision)
+        self.network.train()
+        follower.serve(self._module(), self._execution(plan).clip(self.network, self.loss, loader.records, plan.rule))
+        loader.close()
 
     def on_train_epoch_start(self):
         """Training mode, and the learning rate of the epoch's first step into nnU-Net's log."""
@@ -557,10 +620,17 @@ class nnUNetTrainerDP(nnUNetTrainer):
     @_refuse_cleanly
     def perform_actual_validation(self, save_probabilities=False):
         """nnU-Net's own; a refusal under ``--val`` (a changed patients file, say) ends without a traceback."""
+        self.is_ddp = self._group is not None  # here nnU-Net's way is right: each process predicts some cases
         super().perform_actual_validation(save_probabilities)
+
+    def set_deep_supervision_enabled(self, enabled):
+        """As nnU-Net's, for a network that is never wrapped in DDP."""
+        self._module().decoder.deep_supervision = enabled
 
     def print_to_log_file(self, *args, also_print_to_console=True, add_timestamp=True):
         """As nnU-Net's, without the case names that its validation prints."""
+        if self.local_rank:  # the first process says it
+            return
         text = str(args[0]) if args else ""
         if text.lower().startswith("predicting ") or ", shape torch.Size" in text:
             return
