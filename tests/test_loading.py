@@ -133,6 +133,16 @@ def test_closing_ends_the_workers_and_may_be_repeated():
     assert not any(worker.is_alive() for worker in workers)
 
 
+def test_no_step_starts_a_worker_of_its_own():
+    loader = PatientLoader(patches, CASES, torch.device("cpu"), 2)
+    workers = []
+    for step in range(4):
+        assert len(list(loader.records(step, DRAWN))) == len(DRAWN)
+        workers.append({process.pid for process in multiprocessing.active_children()})
+    loader.close()
+    assert all(found == workers[0] and len(found) == 2 for found in workers)
+
+
 ORPHANS = """
 import time, torch
 from nnunet_dp.loading import PatientLoader
