@@ -15,6 +15,7 @@ evaluate   :func:`nnunet_dp.evaluation.evaluate_folders`    metrics with interva
 export     :func:`nnunet_dp.export.export_model`            the archive, its claim and what to type next
 verify     :func:`nnunet_dp.verify.verify`                  what an archive holds, and its faults
 doctor     :mod:`nnunet_dp.cli_doctor`                      what would keep a training from running
+audit      :mod:`nnunet_dp.cli_audit`                       what attacks on the project's own training come to
 fed        :mod:`nnunet_dp.cli_fed`                         what a federated run does and comes to
 =========  ===============================================  =====================================
 
@@ -43,6 +44,7 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_dp import TRAINER_NAMES, __version__
+from nnunet_dp.cli_audit import audit
 from nnunet_dp.cli_doctor import doctor
 from nnunet_dp.cli_fed import fed
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -528,6 +530,7 @@ morph = typer.Typer(
 app.add_typer(morph, name="morph")
 app.add_typer(fed, name="fed")
 app.add_typer(doctor)
+app.add_typer(audit)
 
 
 @morph.command("learn")
