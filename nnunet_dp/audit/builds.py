@@ -104,7 +104,7 @@ class Subject:
     def plan(self, steps: int, probability: float, units: int, budget: PrivacyBudget) -> PrivacyPlan:
         """A plan that claims the budget."""
         rule = make_rule(self._build.rule, RULES[self._build.rule])
-        noise = planned_noise(steps, probability, budget)
+        noise = planned_noise(steps, probability, budget.epsilon, budget.delta)
         return PrivacyPlan(budget, steps, probability, noise, units, rule)
 
     def training(self, folder: Path, plan: PrivacyPlan, seed: int) -> PrivateTraining:
@@ -123,13 +123,13 @@ class Subject:
 
 
 @lru_cache(maxsize=64)
-def planned_noise(steps: int, probability: float, budget: PrivacyBudget) -> float:
-    """Noise multiplier of a plan that spends the budget on its steps."""
+def planned_noise(steps: int, probability: float, epsilon: float, delta: float) -> float:
+    """Noise multiplier of a plan that spends this budget on its steps."""
 
     def schedule(noise_multiplier: float) -> Any:
         return dpsgd.SelfComposedDpEvent(SubsampledGaussian(noise_multiplier, probability).event, steps)
 
-    return calibrate(schedule, budget)
+    return calibrate(schedule, PrivacyBudget(epsilon=epsilon, delta=delta))
 
 
 def phantom_record(seed: int, index: int) -> Record:
@@ -228,13 +228,18 @@ def _measuring_engine(engine: Engine) -> Engine:
     """The same sum; leaves behind how long its longest contribution was."""
 
     def measured(
-        network: nn.Module, loss: Any, records: Iterable[Record], rule: clipping.ClipRule, *options: Any
+        network: nn.Module,
+        loss: Any,
+        records: Iterable[Record],
+        rule: clipping.ClipRule,
+        autocast: Any = nullcontext,
+        watch: Callable[[Tensor], None] = lambda loss: None,
     ) -> ClippedSum:
-        parts = [engine(network, loss, [record], rule, *options).tensors for record in records]
+        parts = [engine(network, loss, [record], rule, autocast, watch).tensors for record in records]
         lengths = [float(torch.cat([tensor.flatten() for tensor in part]).norm()) for part in parts]
         _longest[:] = [max(lengths, default=0.0) / rule.bound]
-        zero = engine(network, loss, [], rule, *options).tensors
-        return ClippedSum(tuple(sum(each) for each in zip(zero, *parts, strict=True)), rule.bound)
+        zero = engine(network, loss, [], rule).tensors
+        return ClippedSum(tuple(torch.stack(each).sum(0) for each in zip(zero, *parts, strict=True)), rule.bound)
 
     return measured
 

@@ -260,11 +260,11 @@ def one_run_p_value(run: OneRun, epsilon: float, delta: float) -> float:
     _require_delta(delta)
     if not epsilon >= 0:
         raise UsageRefusal(f"epsilon should be at least 0, found {epsilon}")
-    binomial = stats.binom(run.guesses, 1 / (1 + math.exp(-epsilon)))
-    tail = float(binomial.sf(run.right - 1))
+    rate = 1 / (1 + math.exp(-epsilon))
+    tail = float(stats.binom.sf(run.right - 1, run.guesses, rate))
     if delta == 0 or run.right == 0:
         return min(1.0, tail)
-    below = np.cumsum(binomial.pmf(np.arange(run.right - 1, -1, -1)))  # P[v - i <= Binomial < v], i from 1
+    below = np.cumsum(stats.binom.pmf(np.arange(run.right - 1, -1, -1), run.guesses, rate))  # P[v - i <= Binomial < v], i from 1
     steepest = float((below / np.arange(1, run.right + 1)).max())
     return min(1.0, tail + 2 * run.canaries * delta * steepest)
 
