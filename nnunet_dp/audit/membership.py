@@ -1,7 +1,8 @@
 """Membership inference: does a trained segmentation model tell who was in its training?
 
-A pool of phantom patients; for each model every one of them is in by a fair coin of its own, and an empty slot
-otherwise. The attacker has the model, the patient's image and reference, and scores how well they go together:
+A pool of phantom patients (one slice through a hippocampus each); for each model every one of them is in by a fair coin
+of its own, and an empty slot otherwise. Every training begins from one public start, learnt from other phantoms. The
+attacker has the model, the patient's image and reference, and scores how well they go together:
 
 ======================  =============================================================================================
 attack                  score
@@ -28,6 +29,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -44,7 +46,7 @@ from nnunet_dp import shape_votes
 from nnunet_dp.accounting import PrivacyBudget, calibrate, gaussian_mu
 from nnunet_dp.attacker import true_positive_rate
 from nnunet_dp.audit import statistics
-from nnunet_dp.audit.builds import CLASSES, ballot, phantom_record, phantom_votes
+from nnunet_dp.audit.builds import CLASSES, ballot
 from nnunet_dp.audit.statistics import OneRun
 from nnunet_dp.batched_gradients import Batched
 from nnunet_dp.charges import epsilon_of, events_of
@@ -55,6 +57,7 @@ from nnunet_dp.ledger import Ledger, LedgerEntry
 from nnunet_dp.mechanisms import SubsampledGaussian
 from nnunet_dp.morphology import KeepLargest, Morphology
 from nnunet_dp.nnunet_audit import dice_and_cross_entropy, small_network
+from nnunet_dp.phantoms import KINDS, Patient
 from nnunet_dp.planning import MORPHOLOGY_SHARE
 from nnunet_dp.refinement import refine
 from nnunet_dp.run import LEDGER
@@ -62,6 +65,8 @@ from nnunet_dp.shape_votes import Ballot, questions_for
 from nnunet_dp.workers import Progress, in_order
 
 SPACING_MM = (1.0, 1.0)
+SHAPE = (16, 28, 24)  # voxels of a phantom, of which one slice is taken
+PUBLIC_PATIENTS = 24
 FALSE_POSITIVE_RATES = (0.01, 0.05)
 BOOTSTRAPS = 500
 Array = npt.NDArray[np.float64]
@@ -76,6 +81,7 @@ class Attacked:
         models: trained of each setting.
         steps: of a private training, full batch.
         learning_rate: of it, in units of the bound.
+        start_iterations: of the public start.
         iterations: of the training without privacy, which is meant to remember its patients.
         batch: patients of such an iteration.
         features: of each stage of the network.
@@ -86,8 +92,9 @@ class Attacked:
 
     patients: int = 64
     models: int = 8
-    steps: int = 40
-    learning_rate: float = 0.5
+    steps: int = 30
+    learning_rate: float = 0.3
+    start_iterations: int = 150
     iterations: int = 400
     batch: int = 8
     features: tuple[int, ...] = (8, 16)
@@ -162,12 +169,14 @@ def _trained(item: _Item) -> Model:
     sizes = item.sizes
     rng = np.random.default_rng([item.seed, item.number, int(1000 * (item.epsilon or 0))])
     included = rng.random(sizes.patients) < 0.5
-    pool = [_record(item.seed, index) for index in range(sizes.patients)]
-    network = small_network(1, CLASSES + 1, int(rng.integers(2**31)), sizes.features)
-    votes = [phantom_votes(item.seed, index) for index in np.flatnonzero(included)]
+    pool = [phantom_slice(item.seed, index) for index in range(sizes.patients)]
+    network = small_network(1, CLASSES + 1, item.seed, sizes.features)
+    network.load_state_dict(_public_start(item.seed, sizes))
+    votes = [_votes(pool[index]) for index in np.flatnonzero(included)]
     with TemporaryDirectory() as folder:
         if item.epsilon is None:
-            _train_without_privacy(network, [pool[index] for index in np.flatnonzero(included)], sizes, rng)
+            members = [pool[index] for index in np.flatnonzero(included)]
+            _train_without_privacy(network, members, sizes.iterations, sizes.batch, rng)
             private, charges = None, ()
         else:
             plan = private_plan(item.epsilon, sizes)
@@ -180,15 +189,38 @@ def _trained(item: _Item) -> Model:
     return Model(included, _scores(network, pool, rules), charges)
 
 
-def _record(seed: int, index: int) -> Record:
-    record = phantom_record(seed, index)
-    return Record(record.data.float(), record.target)
+@lru_cache(maxsize=512)
+def phantom_slice(seed: int, index: int, held_out: bool = False) -> Record:
+    """A slice of a phantom hippocampus: image float32 [1, 1, rows, columns], standardised, and its labels.
+
+    The slice with the most of the rarer class.
+    """
+    scan = KINDS["hippocampus"].render(Patient("hippocampus", seed, index, held_out), 0, SHAPE)
+    middle = int(np.argmax([min(np.sum(plane == 1), np.sum(plane == 2)) for plane in scan.segmentation]))
+    image, labels = scan.image[0][middle].astype(np.float32), scan.segmentation[middle].astype(np.int64)
+    image = (image - image.mean()) / (image.std() + 1e-6)
+    return Record(torch.from_numpy(image)[None, None], torch.from_numpy(labels)[None, None])
 
 
-def _train_without_privacy(network: nn.Module, members: list[Record], sizes: Attacked, rng: np.random.Generator) -> None:
+def _votes(record: Record) -> Array:
+    return ballot().votes([(record.target[0, 0].numpy().astype(np.uint8), SPACING_MM)])
+
+
+@lru_cache(maxsize=4)
+def _public_start(seed: int, sizes: Attacked) -> dict[str, Tensor]:
+    """Weights learnt from phantoms that are in nobody's pool; the same for all models."""
+    network = small_network(1, CLASSES + 1, seed, sizes.features)
+    others = [phantom_slice(seed, index, held_out=True) for index in range(PUBLIC_PATIENTS)]
+    _train_without_privacy(network, others, sizes.start_iterations, sizes.batch, np.random.default_rng(seed))
+    return network.state_dict()
+
+
+def _train_without_privacy(
+    network: nn.Module, members: list[Record], iterations: int, batch: int, rng: np.random.Generator
+) -> None:
     loss, optimizer = dice_and_cross_entropy(), torch.optim.Adam(network.parameters(), 3e-3)
-    for _ in range(sizes.iterations):
-        chosen = [members[place] for place in rng.choice(len(members), min(sizes.batch, len(members)), replace=False)]
+    for _ in range(iterations):
+        chosen = [members[place] for place in rng.choice(len(members), min(batch, len(members)), replace=False)]
         optimizer.zero_grad()
         output = network(torch.cat([record.data for record in chosen]))
         loss(output, torch.cat([record.target for record in chosen])).backward()
@@ -303,7 +335,8 @@ def lira(losses: Array, included: npt.NDArray[np.bool_]) -> Array:
         shadow, inside = logits[others], included[others]
         means = [_means(shadow, chosen) for chosen in (inside, ~inside)]
         deviations = [
-            max(1e-3, float((shadow - mean)[chosen].std())) for mean, chosen in zip(means, (inside, ~inside), strict=True)
+            max(1e-3, float((shadow - mean)[chosen].std()))
+            for mean, chosen in zip(means, (inside, ~inside), strict=True)
         ]
         there, absent = (
             stats.norm.logpdf(logits[target], mean, deviation)

@@ -264,7 +264,8 @@ def one_run_p_value(run: OneRun, epsilon: float, delta: float) -> float:
     tail = float(stats.binom.sf(run.right - 1, run.guesses, rate))
     if delta == 0 or run.right == 0:
         return min(1.0, tail)
-    below = np.cumsum(stats.binom.pmf(np.arange(run.right - 1, -1, -1), run.guesses, rate))  # P[v - i <= Binomial < v], i from 1
+    fewer = np.arange(run.right - 1, -1, -1)
+    below = np.cumsum(stats.binom.pmf(fewer, run.guesses, rate))  # P[v - i <= Binomial < v], i from 1
     steepest = float((below / np.arange(1, run.right + 1)).max())
     return min(1.0, tail + 2 * run.canaries * delta * steepest)
 
