@@ -326,9 +326,10 @@ def _mean_dice(predicted: npt.NDArray[Any], reference: npt.NDArray[Any]) -> floa
 def lira(losses: Array, included: npt.NDArray[np.bool_]) -> Array:
     """Log-likelihood ratios [models, patients] of losses [models, patients], every model attacked by the others.
 
-    The loss is turned into a confidence exp(-loss) and its logit, which is nearly Gaussian over models.
+    The loss is turned into a confidence exp(-1 - loss) and its logit, which is nearly Gaussian over models; nnU-Net's
+    loss, cross-entropy minus Dice, begins at -1.
     """
-    logits = _logit(np.exp(losses))
+    logits = _logit(np.exp(-1 - losses))
     found = np.zeros_like(logits)
     for target in range(len(logits)):
         others = np.arange(len(logits)) != target
@@ -364,7 +365,7 @@ def _means(values: Array, chosen: npt.NDArray[np.bool_]) -> Array:
 def _setting(epsilon: float | None, models: Sequence[Model], sizes: Attacked, seed: int) -> dict[str, Any]:
     included = np.array([model.included for model in models])
     scores = {name: np.array([model.scores[name] for model in models]) for name in _common_names(models)}
-    scores["lira"] = lira(scores["loss"], included)
+    scores["lira"] = lira(-scores["loss"], included)
     attacks = [_attack(name, values, included, sizes) for name, values in scores.items()]
     spent = [epsilon_of(model.charges, sizes.delta) for model in models]
     compared = [_compared(name, scores, included, seed) for name in scores if name.startswith("labels_")]
