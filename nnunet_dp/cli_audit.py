@@ -1,7 +1,7 @@
 """The command ``nnunet-dp audit``: parses, audits, prints; as ``cli``, to which it belongs.
 
 ==========  =================================================  ===================================================
-calls       :func:`nnunet_dp.audit.phantom_audit.run_audit`    canaries and membership inference on phantoms
+calls       :func:`nnunet_dp.audit.phantom_audit.run_audit`    canaries, membership inference, inversion
             :func:`nnunet_dp.audit.self_test.run_self_test`    broken builds must be caught, the correct one not
 prints      a line a finding, or JSON; progress and time left on stderr
 writes      JSON, HTML and plots (not in the self-test)
@@ -41,10 +41,10 @@ def audit_command(
 ) -> None:
     """Attack the project's own training on phantoms, and say what epsilon is at least.
 
-    Gradient canaries in a real training, and membership inference on models with and without privacy. With
-    --self-test: faults are injected into the real training, ledger and vote, and handed to the checks under random
-    names beside the correct build; exit code 1 unless exactly the broken ones are caught. An audit does not prove
-    privacy: it can only show that a claim is wrong.
+    Gradient canaries in a real training, membership inference on models with and without privacy, and inversion of
+    one step's gradient. With --self-test: faults are injected into the real training, ledger and vote, and handed to
+    the checks under random names beside the correct build; exit code 1 unless exactly the broken ones are caught. An
+    audit does not prove privacy: it can only show that a claim is wrong.
 
     \b
     Example:

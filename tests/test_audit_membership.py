@@ -12,6 +12,7 @@ from nnunet_dp.accounting import epsilon as accounted
 from nnunet_dp.audit import membership, phantom_audit, statistics
 from nnunet_dp.audit.membership import Attacked, Model, attack_settings, lira, phantom_slice, private_plan
 from nnunet_dp.audit.phantom_audit import BOUNDS_PER_SETTING, FAMILY_ERROR, refuse_private_data, run_audit
+from nnunet_dp.audit.reconstruction import Inverted
 from nnunet_dp.audit.report import lines, page, write_report
 from nnunet_dp.charges import content_hash
 from nnunet_dp.cli import main
@@ -22,7 +23,7 @@ TINY = Attacked(patients=10, models=3, steps=2, start_iterations=2, iterations=2
 
 @pytest.fixture(scope="module")
 def report() -> dict:
-    return run_audit([1.0], TINY, seed=1, processes=1, canaries=30)
+    return run_audit([1.0], TINY, seed=1, processes=1, canaries=30, inverted=Inverted(patients=1, iterations=1))
 
 
 # ---- attacks -----------------------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ builds          the project's own training and learning, with or without a fault
 checks          what a build is put through, without knowing which it is
 self_test       blinded builds, corrected error level: broken ones must be caught, the correct one must pass
 membership      membership inference on phantom-trained segmentation models: losses, boundaries, LiRA
+reconstruction  gradient inversion of one step's release
+phantom_audit   canaries, membership and inversion on phantoms, under one hashed protocol
 report          JSON, HTML, plots
 ==============  ================================================================================================
 

@@ -80,7 +80,8 @@ class Attacked:
         patients: in the pool.
         models: trained of each setting.
         steps: of a private training, full batch.
-        learning_rate: of it, in units of the bound.
+        learning_rate: of it at epsilon 8, in units of the bound; smaller claims, whose noise is larger, take
+            proportionally shorter steps.
         start_iterations: of the public start.
         iterations: of the training without privacy, which is meant to remember its patients.
         batch: patients of such an iteration.
@@ -261,7 +262,8 @@ def _train_privately(
     ledger: Ledger,
 ) -> None:
     """The project's own training; slots whose coin fell the other way are empty."""
-    schedule, execution = Schedule(sizes.learning_rate), Execution(engine=Batched(8))
+    learning_rate = sizes.learning_rate * min(1.0, plan.budget.epsilon / 8)
+    schedule, execution = Schedule(learning_rate), Execution(engine=Batched(8))
     training = PrivateTraining(network, dice_and_cross_entropy(), plan, schedule, execution, ledger)
     while not training.finished:
         training.advance(lambda _, drawn: [pool[slot] for slot in drawn if included[slot]])

@@ -1,4 +1,4 @@
-"""One audit on phantoms: canaries in a real training, membership inference on models, beside what the ledger claims.
+"""One audit on phantoms: canaries, membership inference and gradient inversion, beside what the ledger claims.
 
 Nothing private is read, so that an audit costs no budget. On patients' data every attack would be one more access to
 them; until such runs are charged they are refused (``refuse_private_data``).
@@ -23,6 +23,7 @@ from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.audit.builds import CORRECT, Subject, phantom_record
 from nnunet_dp.audit.canaries import run_canaries
 from nnunet_dp.audit.membership import FALSE_POSITIVE_RATES, Attacked, attack_settings, one_thread
+from nnunet_dp.audit.reconstruction import Inverted, reconstruct
 from nnunet_dp.audit.self_test import NO_PROOF
 from nnunet_dp.audit.statistics import OneRun, epsilon_from_one_run
 from nnunet_dp.charges import content_hash
@@ -55,6 +56,7 @@ def run_audit(
     processes: int = 2,
     say: Callable[[str], None] = lambda text: None,
     canaries: int = CANARIES,
+    inverted: Inverted | None = None,
 ) -> dict[str, Any]:
     """Audit the project's own training on phantoms.
 
@@ -65,12 +67,14 @@ def run_audit(
         processes: that train side by side.
         say: told how far it is.
         canaries: in the training of each epsilon.
+        inverted: sizes of the gradient inversion.
 
     Returns:
         The report, plain JSON.
     """
     began, sizes = time.monotonic(), sizes or Attacked()
-    protocol = _protocol(epsilons, sizes, seed, canaries)
+    inverted = inverted or Inverted(epsilon=max(epsilons), delta=sizes.delta)
+    protocol = _protocol(epsilons, sizes, seed, canaries, inverted)
     fixed = content_hash(protocol)
     one_thread()
     planted = []
@@ -78,11 +82,13 @@ def run_audit(
         planted.append(_canaries(epsilon, canaries, sizes, seed, _corrected(len(epsilons))))
         say(f"canaries: {number} of {len(epsilons)} trainings")
     settings = attack_settings([None, *epsilons], sizes, seed, processes, in_tenths(say, "models trained and attacked"))
+    drawn = reconstruct(inverted, seed, processes, in_tenths(say, "gradients inverted"))
     return {
         "protocol": protocol,
         "protocol_sha256": fixed,
         "canaries": planted,
         "membership": settings,
+        "reconstruction": drawn,
         "refuted": _refuted(planted, settings, sizes.delta),
         "refuted_confidence": 1 - FAMILY_ERROR,
         "seconds": round(time.monotonic() - began, 1),
@@ -134,7 +140,9 @@ def _refuted(planted: Sequence[dict[str, Any]], settings: Sequence[dict[str, Any
     return found
 
 
-def _protocol(epsilons: Sequence[float], sizes: Attacked, seed: int, canaries: int) -> dict[str, Any]:
+def _protocol(
+    epsilons: Sequence[float], sizes: Attacked, seed: int, canaries: int, inverted: Inverted
+) -> dict[str, Any]:
     content = {
         "package": version("nnunet_dp"),
         "data": "phantoms: shapes beside the canaries, slices of hippocampus for membership",
@@ -147,6 +155,7 @@ def _protocol(epsilons: Sequence[float], sizes: Attacked, seed: int, canaries: i
         "false_positive_rates": list(FALSE_POSITIVE_RATES),
         "epsilons": list(epsilons),
         "membership": asdict(sizes),
+        "reconstruction": asdict(inverted),
         "seed": seed,
     }
     return json.loads(json.dumps(content))

@@ -57,6 +57,12 @@ the ledger says epsilon {{ setting.epsilon | three }} at delta {{ setting.delta 
 <img alt="receiver operating characteristics" src="data:image/png;base64,{{ plots.roc }}">
 <p>Intervals: Clopper-Pearson for hits, DeLong for the AUC, bootstrap over patients for differences. Patients of one
 model share it, which these intervals do not know; the bound of epsilon (Steinke et al. 2023) does.</p>
+<h2>Gradient inversion</h2>
+<table><tr><th>one step's release</th><th>correlation with the patient's image</th><th>with another patient's</th></tr>
+{% for one in reconstruction %}<tr><td>{{ one.setting }}</td><td>{{ one.own_mean | three }}
+({{ [one.own | min, one.own | max] | range_ }})</td><td>{{ one.other_mean | three }}
+({{ [one.other | min, one.other | max] | range_ }})</td></tr>{% endfor %}</table>
+<p>Means over {{ reconstruction[0].own | length }} patients, smallest and largest in brackets.</p>
 <h2>Protocol</h2><pre>{{ protocol_text }}</pre></body></html>
 """
 
@@ -151,5 +157,8 @@ def lines(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         least = max(attack["epsilon_at_least"] for attack in setting["attacks"])
         text = f"best AUC {best['auc']:.3f} ({best['attack']}); epsilon at least {least:.3g}"
         rows.append((f"membership, {setting['setting']}", text))
+    for one in report["reconstruction"]:
+        text = f"correlation with the patient's image {one['own_mean']:.2f}, with another's {one['other_mean']:.2f}"
+        rows.append((f"inversion, {one['setting']}", text))
     refuted = "; ".join(report["refuted"]) or "none"
     return [*rows, ("refuted claims", refuted), ("protocol", report["protocol_sha256"]), ("note", report["note"])]
