@@ -17,6 +17,7 @@ verify     :mod:`nnunet_dp.cli_share`                       what an archive hold
 card       :mod:`nnunet_dp.cli_share`                       the privacy card's files and claim
 doctor     :mod:`nnunet_dp.cli_doctor`                      what would keep a training from running
 diagnose   :mod:`nnunet_dp.cli_diagnose`                    patients' gradients, looked at
+audit      :mod:`nnunet_dp.cli_audit`                       what attacks on the project's own training come to
 fed        :mod:`nnunet_dp.cli_fed`                         what a federated run does and comes to
 =========  ===============================================  =====================================
 
@@ -43,6 +44,7 @@ from typing import Annotated, Any
 import typer
 
 from nnunet_dp import TRAINER_NAMES, __version__
+from nnunet_dp.cli_audit import audit
 from nnunet_dp.cli_diagnose import diagnose
 from nnunet_dp.cli_doctor import doctor
 from nnunet_dp.cli_fed import fed
@@ -470,6 +472,7 @@ app.add_typer(fed, name="fed")
 app.add_typer(doctor)
 app.add_typer(diagnose)
 app.add_typer(share)
+app.add_typer(audit)
 
 
 @morph.command("learn")

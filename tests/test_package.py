@@ -88,7 +88,7 @@ def test_an_installed_wheel_finds_its_doors_inside_itself(wheel, tmp_path):
 def test_only_the_files_named_after_it_import_nnunet():
     users = {file.name for file in source_files(CORE) if any(map(is_nnunet, imported_modules(file)))}
     named = {"files", "planning", "start", "site", "federated", "public_plans", "fingerprint", "dataset_fingerprint"}
-    named |= {"inference", "cases", "checkup"}
+    named |= {"inference", "cases", "checkup", "audit"}
     assert users <= {"nnunet.py", *(f"nnunet_{what}.py" for what in named)}
 
 
