@@ -35,6 +35,8 @@ RAW_PLANS = "nnU-Net's fingerprint of the raw images"
 SAME_VERSION, OTHER_VERSION = 1e-6, 1e-3  # relative; versions of the accountant round differently
 _Unit = Annotated[str, StringConstraints(pattern=r"^[^\W\d][\w-]{0,39}( [\w-]{1,39})?( \(inferred\))?$", max_length=90)]
 """One or two words: it stands in the middle of the claim."""
+MIXED_UNIT = "record"
+"""Of a federation whose sites count different things; each site's row says which."""
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Delta = Annotated[float, Field(gt=0, lt=1)]
 _Version = Annotated[str, StringConstraints(pattern=r"^[0-9][A-Za-z0-9.+]{0,40}$")]

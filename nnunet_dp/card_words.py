@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from nnunet_dp.card import NOISE_SOURCE, Card, CardCharge, upwards
+from nnunet_dp.card import MIXED_UNIT, NOISE_SOURCE, Card, CardCharge, upwards
 from nnunet_dp.sections import DECLARED_WEIGHTS, RAW_FINGERPRINT
 
 _NOT_COVERED: Mapping[str, str] = {
@@ -178,6 +178,8 @@ def unit_in_words(unit: str) -> str:
     """What one record is, and what follows."""
     if unit.endswith("(inferred)"):
         return f"All data of one {noun(unit)}; which cases belong together was inferred from their names."
+    if unit == MIXED_UNIT:
+        return "What one record is differs between the sites: the table of sites says it for each."
     if unit == "case":
         return "One case. Nobody said which cases are one patient's: a patient with several cases is protected less."
     return f"All data of one {noun(unit)}, however many cases that are."

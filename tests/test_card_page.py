@@ -15,10 +15,14 @@ import pytest
 from cards import LONG, NASTY, described, federated_card, one_dataset_card
 
 from nnunet_dp import card_words
-from nnunet_dp.card import Card
+from nnunet_dp.card import MIXED_UNIT, Card
 from nnunet_dp.card_page import rendered
+from nnunet_dp.claim import Claim
 from nnunet_dp.clipping import RULE_NAMES
+from nnunet_dp.federated.claim import _fields, _row
 from nnunet_dp.federated.new_run import LEFT_TO_SITES
+from nnunet_dp.federated.protocol import Mode
+from nnunet_dp.federated.summary import SiteSummary, Summary
 from nnunet_dp.released_model import PAGE, README
 from nnunet_dp.sections import DECLARED_WEIGHTS, NOT_COVERED
 
@@ -28,6 +32,7 @@ VARIANTS: dict[str, tuple[Callable[[], Card], tuple[str, ...]]] = {
     "names of a user": (lambda: one_dataset_card(public_inputs=[*NASTY, LONG + LONG[:60]]), NASTY),
     "federated": (federated_card, ()),
     "federated, as reported": (lambda: federated_card(2, reported=2), ()),
+    "federated, of two units": (lambda: federated_card(2, reported=1, unit=MIXED_UNIT), ()),
     "quantile": (lambda: one_dataset_card(1.0, unit="case", dataset=None), (LONG,)),
 }  # fmt: skip
 
@@ -176,3 +181,12 @@ def test_it_prints(browser, page, tmp_path):
     tab.close()
     pages = len(re.findall(rb"/Type\s*/Page\b", (tmp_path / "page.pdf").read_bytes()))
     assert 2 <= pages <= 8
+
+
+def test_sites_that_count_different_things_share_a_card_that_says_so():
+    sites = tuple(SiteSummary(name, 3, 1.5, 1e-5, unit) for name, unit in (("north", "patient"), ("south", "case")))
+    told = Summary("ff", Mode.dp_fedavg, 3, complete=True, sites=sites, not_covered=NOT_COVERED)
+    rows = [_row(number, site, None, ()) for number, site in enumerate(sites, 1)]
+    card = Claim(_fields(told, rows), {"all": (0, 3)}).card()
+    assert card.unit == MIXED_UNIT and [row.unit for row in card.sites] == ["patient", "case"]
+    assert "differs between the sites" in rendered(card, described())[PAGE].decode()

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dp.accounting import which_accountant
-from nnunet_dp.card import ClientLevelRow, SiteRow, canonical_charges, sampler_of
+from nnunet_dp.card import MIXED_UNIT, ClientLevelRow, SiteRow, canonical_charges, sampler_of
 from nnunet_dp.charges import LedgerEntry, events_of
 from nnunet_dp.claim import NO_GUARANTEE_RUNS, Claim
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -79,8 +79,9 @@ def _fields(told: Summary, rows: list[SiteRow]) -> dict[str, Any]:
     unguarded = any(site.released_without_guarantee for site in told.sites)
     delta, whole = max(row.delta for row in rows), told.client_level
     level = {name: whole[name] for name in ClientLevelRow.model_fields} if whole else None
+    units = {row.unit for row in rows}
     return {
-        "unit": ", ".join(sorted({row.unit for row in rows})),
+        "unit": units.pop() if len(units) == 1 else MIXED_UNIT,
         "relation": "zero-out",
         "epsilon": max(row.epsilon for row in rows),
         "delta": delta,
