@@ -246,9 +246,9 @@ GRID = [
 def test_calibration_is_never_above_the_target_and_at_most_one_percent_below(
     q: float, steps: int, target: float, delta: float
 ) -> None:
-    start = time.perf_counter()
+    start = time.process_time()  # of a core: other work on the machine does not count
     noise = calibrate(lambda z: schedule(q, steps, z), PrivacyBudget(epsilon=target, delta=delta))
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 5
     assert 0.99 * target <= epsilon([schedule(q, steps, noise)], delta) <= target
 
 
