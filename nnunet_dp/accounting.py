@@ -174,7 +174,8 @@ def calibrate(make_event: Callable[[float], DpEvent], budget: PrivacyBudget) -> 
 
     guess = _analytic_noise(make_event, budget)
     for coarseness in COARSER_GRIDS:
-        with suppress(Refusal, ArithmeticError):  # what a coarse grid cannot tell, the last search decides
+        # what is too dear, or out of range, on a coarse grid may still fit: the last search decides
+        with suppress(Refusal, ArithmeticError, ValueError):
             guess = _search(cost_on_grid(coarseness), guess, budget.epsilon, close=0.997, narrowest=5e-4)
     return _search(cost_on_grid(1), guess, budget.epsilon)
 

@@ -34,6 +34,7 @@ from doors import (
     private_words,
     read_lines,
     recounted_epsilon,
+    segmentations,
     spawned,
     unlinked_nnunet,
     wait_until,
@@ -467,7 +468,10 @@ def test_two_processes_train_one_model_with_one_ledger(place, tmp_path):
     assert console.count("guarantee         epsilon 8") == console.count("Training done") == 1
     assert [line["first_step"] for line in place.charges()] == [0, 1]
     assert not [word for word in private_words(place) if word in console]
-    assert len(list((model.fold_folder / "validation").glob("*.png"))) >= 2
+    validated = segmentations(model.fold_folder / "validation")  # by both processes, half each
+    predicted = auto_s(place).predict(model.validation_images(tmp_path / "in"), tmp_path / "out")
+    assert validated.keys() == predicted.keys() and len(validated) >= 2
+    assert all(np.array_equal(validated[name], predicted[name]) for name in validated)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
