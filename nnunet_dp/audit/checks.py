@@ -16,11 +16,12 @@ canaries_one_run       statistical  do guesses about canaries refute the ledger'
 canaries_gaussian      statistical  do they refute it, if the mechanism is Gaussian?
 morphology_noise       trace        is the noise on the released votes as large as charged?
 morphology_claim       statistical  do votes with and without one patient refute the charged epsilon?
+stopped                trace        did the build refuse, or break down?
 =====================  ===========  ==================================================================================
 
-Checks with a p-value fail below the level they are given; ``influence``, ``coupling`` and ``ledger_recount`` compare
-numbers and make no random errors. The auditor supplies patients and reads weights, ledger and released votes; for
-``influence`` it also fixes the entropy, so that noise cancels in differences.
+Checks with a p-value fail below the level they are given; the others, but for ``canaries_gaussian`` and
+``morphology_claim``, which compare a bound of that confidence, make no random errors. The auditor supplies patients and
+reads weights, ledger and released votes; for ``influence`` it also fixes the entropy, so that noise cancels.
 
 Formal guarantee:
     A correct build fails any one check with probability at most its level (approximately, where a chi-squared or normal
@@ -147,8 +148,16 @@ def examine(subject: Subject, sizes: Sizes, level: float, seed: int) -> list[Fin
     with subject.active():
         for number, check in enumerate((_noise, _draws, _influence, _canaries, _morphology)):
             with TemporaryDirectory() as folder:
-                findings += check(subject, Path(folder), sizes, level, seed + 1000 * number)
+                findings += _unless_stopped(check(subject, Path(folder), sizes, level, seed + 1000 * number))
     return findings
+
+
+def _unless_stopped(found: Iterator[Finding]) -> Iterator[Finding]:
+    """The findings; a build that refuses or breaks down is caught by that."""
+    try:
+        yield from found
+    except Exception as error:
+        yield _compared("stopped", True, f"{type(error).__name__}: {error}")
 
 
 def _by_chance(check: str, kind: Kind, p_value: float, level: float, found: str) -> Finding:
