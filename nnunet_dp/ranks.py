@@ -12,8 +12,8 @@ Formal guarantee:
     The sum that the leader noises is, up to rounding in float64, the one that it would have found alone: each drawn
     patient's clipped gradient once, clipped to the leader's bound. Before it is noised the ranks' shares are compared
     with the draw; before the first charge (``agree``) every rank has proved that it sees the same plan, slots and data.
-    A follower holds no ledger, draws nobody, makes no noise and never learns the sum. Nothing depends on the number of
-    ranks but time: no checkpoint knows it.
+    A follower holds no ledger, draws nobody, makes no noise, and drops what passes through it. Nothing depends on the
+    number of ranks but time: no checkpoint knows it.
 
 Design note: no ``DistributedDataParallel``. It would average raw gradients, or, around per-sample gradients, silently
 synchronise nothing.
@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nnunet_dp.errors import Refusal
 from nnunet_dp.mechanisms import ClippedSum
@@ -126,7 +126,9 @@ class Leader:
         """
         self._group.said(draw)
         mine = share_of(draw, self._group)
-        return _joined(self._group, draw, mine, clip(mine))
+        own = clip(mine)
+        *tensors, count = _added_up(self._group, draw, mine, own)
+        return ClippedSum(tuple(tensors), draw.bound, None if own.centred_count is None else float(count))
 
     def send_weights(self, network: nn.Module) -> None:
         """To all followers."""
@@ -169,7 +171,7 @@ class Follower:
         self._group.adopt(network)
         while (draw := self._group.said()) is not None:
             mine = share_of(draw, self._group)
-            _joined(self._group, draw, mine, clip(mine))
+            _added_up(self._group, draw, mine, clip(mine))
             self._group.adopt(network)
         self._group.adopt(network)
 
@@ -184,15 +186,13 @@ class _Report(NamedTuple):
     bound: float
 
 
-def _joined(group: ProcessGroup, draw: Draw, mine: Draw, own: ClippedSum) -> ClippedSum:
-    """The sum over all ranks, on the first; what the others get means nothing and is dropped."""
+def _added_up(group: ProcessGroup, draw: Draw, mine: Draw, own: ClippedSum) -> list[Tensor]:
+    """Sum over all ranks of the gradients and the count, on the first; what the others get means nothing."""
     reports = group.told(_Report(mine.slots, own.l2_bound))
     if reports:
         _refuse_other_shares(draw, reports)
     count = torch.tensor(own.centred_count or 0.0, dtype=torch.float64, device=own.tensors[0].device)
-    *tensors, count = group.summed([*(tensor.double() for tensor in own.tensors), count])
-    counted = None if own.centred_count is None or not reports else float(count)
-    return ClippedSum(tuple(tensors), draw.bound, counted)
+    return group.summed([*(tensor.double() for tensor in own.tensors), count])
 
 
 def _refuse_other_shares(draw: Draw, reports: Sequence[_Report]) -> None:

@@ -490,6 +490,12 @@ def test_a_killed_process_ends_the_command_and_one_device_goes_on(killed_lesion,
     assert status["finished"] and len(model.place.charges()) == 20 and status["epsilon_spent"] <= 8
 
 
+def test_the_kill_of_the_command_leaves_no_process_behind(killed_lesion, tmp_path):
+    model = auto_s(over_gloo(killed_lesion.copied_to(tmp_path / "copy"), tmp_path / "gloo"))
+    processes, survivors = model.killed(2, 0.0, "--c", *TWO)
+    assert processes >= 3 and survivors == 0
+
+
 def test_what_is_refused_is_refused_by_the_first_process_alone(place, tmp_path):
     model = auto_s(over_gloo(place, tmp_path / "gloo"))
     said = model.train(*TWO, "--disable_checkpointing", exit_code=1)

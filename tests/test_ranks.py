@@ -6,7 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import killable
 import pytest
@@ -16,12 +16,12 @@ from scipy import stats
 from torch.multiprocessing import ProcessExitedException
 
 from nnunet_dp import dpsgd, mechanisms
-from nnunet_dp.charges import epsilon_of, steps_done
+from nnunet_dp.charges import LedgerError, epsilon_of, steps_done
 from nnunet_dp.clipping import RULE_NAMES, make_rule
 from nnunet_dp.dpsgd import Execution, PrivateTraining, Schedule
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.ledger import Ledger, read_ledger
-from nnunet_dp.ranks import Alone
+from nnunet_dp.ranks import Alone, Draw, Leader, share_of
 from nnunet_dp.run import LEDGER, read_checkpoint
 
 
@@ -79,6 +79,19 @@ def test_every_drawn_patient_is_asked_of_one_process_only(seen):
         assert 0 <= len(first) - len(second) <= 1
 
 
+class Place(NamedTuple):
+    rank: int
+    size: int
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("drawn", [[], [5], [1, 2, 8], list(range(11))])
+def test_the_shares_of_any_number_of_processes_are_the_draw(size, drawn):
+    shares = [share_of(Draw(0, drawn, 1.0), Place(rank, size)).slots for rank in range(size)]  # type: ignore[arg-type]
+    assert sorted(slot for share in shares for slot in share) == drawn
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 def test_draws_are_not_the_same_at_every_step(seen):
     steps = [sorted([*first, *second]) for first, second in zip(seen[0]["drawn"], seen[1]["drawn"], strict=True)]
     assert len(steps) == ranked.STEPS and len({tuple(step) for step in steps}) > 1
@@ -130,6 +143,55 @@ def test_every_step_is_charged_once_whatever_the_number_of_processes(seen, folde
         assert [entry.first_step for entry in entries] == list(range(len(entries)))
         assert {entry.count for entry in entries} == {1}
     assert len(read_ledger(folder / "drawn" / LEDGER)) == ranked.STEPS
+
+
+class Listening:
+    """A group of one that notes how many lines the ledger on disk had when each draw was told."""
+
+    rank, size = 0, 1
+
+    def __init__(self, ledger: Path) -> None:
+        self.ledger, self.heard = ledger, []
+
+    def said(self, draw):
+        self.heard.append(len(read_ledger(self.ledger)))
+
+    def told(self, report):
+        return [report]
+
+    def summed(self, tensors):
+        return list(tensors)
+
+    def adopt(self, network):
+        pass
+
+
+def led(tmp_path) -> tuple[PrivateTraining, Listening]:
+    group = Listening(tmp_path / LEDGER)
+    leader = Leader(group)  # type: ignore[arg-type]
+    net, chosen, engine = ranked.network(0), ranked.plan("auto_s"), ranked.ENGINES["one"]
+    return ranked.training(tmp_path, net, chosen, engine, leader), group
+
+
+def test_nobody_hears_who_was_drawn_before_the_charge_is_on_disk(tmp_path):
+    training, group = led(tmp_path)
+    for _ in range(3):
+        training.advance(ranked.records_of)
+    assert group.heard == [1, 2, 3]
+
+
+def test_without_a_charge_nobody_hears_anything(tmp_path, monkeypatch):
+    training, group = led(tmp_path)
+
+    def full_disk(charge, checkpoint):
+        raise LedgerError("no room")
+
+    monkeypatch.setattr(training.ledger, "charge", full_disk)
+    before = [parameter.clone() for parameter in training.network.parameters()]
+    with pytest.raises(LedgerError):
+        training.advance(ranked.records_of)
+    assert group.heard == [] and training.step == 0
+    assert all(map(torch.equal, before, training.network.parameters()))
 
 
 # ---- one end for all ---------------------------------------------------------------------------------------------
