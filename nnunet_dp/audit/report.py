@@ -51,7 +51,8 @@ the ledger says epsilon {{ setting.epsilon | three }} at delta {{ setting.delta 
 {{ percent(at.false_positive_rate) }}</th><th>interval</th>{% endfor %}<th>epsilon at least</th></tr>
 {% for attack in setting.attacks %}<tr><td>{{ attack.attack }}</td><td>{{ attack.auc | three }}</td>
 <td>{{ attack.auc_interval | range_ }}</td>{% for at in attack.at %}<td>{{ percent(at.true_positive_rate) }}</td>
-<td>{{ at.interval | range_ }}</td>{% endfor %}<td>{{ attack.epsilon_at_least | three }}</td></tr>{% endfor %}</table>
+<td>{{ percent(at.interval[0]) }} to
+{{ percent(at.interval[1]) }}</td>{% endfor %}<td>{{ attack.epsilon_at_least | three }}</td></tr>{% endfor %}</table>
 {% for one in setting.refined_against_unrefined %}<p>{{ one.refined }} against labels: AUC
 {{ "%+.3f" | format(one.auc_gain) }} ({{ one.interval | range_ }})</p>{% endfor %}{% endfor %}
 <img alt="receiver operating characteristics" src="data:image/png;base64,{{ plots.roc }}">
