@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from doors import Workplace, lesion
 
+from nnunet_dp.cli import main
+
 PLANS = "nnUNetPlansDP_look"
 QUICK = ("--moments", 2, "--measure", 4, "-np", 1)
 
@@ -29,9 +31,8 @@ def test_a_dataset_is_looked_at_stamped_and_left_as_it_was(place, tmp_path):
     given = ("-d", place.number, "-c", "2d", "-p", PLANS, "--rule", "quantile", *QUICK)
     told = place.run("nnunet-dp", "diagnose", *given, "-o", tmp_path / "look")
     after = files_below(place.preprocessed, place.root / "results")
-    assert {file: after.get(file) for file in before} == before
+    assert {file: after.get(file) for file in before} == before  # the ledger, where another test left one, among them
     assert {file.suffix for file in set(after) - set(before)} <= {".npy"}  # nnU-Net's own unpacking
-    assert not place.charges()
     assert "NOT PRIVATE" in told and "held at" in told
     assert sorted(file.name for file in (tmp_path / "look").iterdir()) == [
         "NOT_PRIVATE_diagnosis.json", "NOT_PRIVATE_diagnosis.png",
@@ -66,6 +67,8 @@ def test_phantoms_are_public_and_need_no_folders(place, tmp_path):
         (("--phantom", "dragon"), "kind should be one of"),
     ],
 )
-def test_what_cannot_be_looked_at_is_refused(given, words, place, tmp_path):
-    assert words in place.run("nnunet-dp", "diagnose", *given, "-o", tmp_path, exit_code=2)
-    assert not list(tmp_path.iterdir())
+def test_what_cannot_be_looked_at_is_refused(given, words, place, tmp_path, monkeypatch, capsys):
+    for part in ("raw", "preprocessed", "results"):
+        monkeypatch.setenv(f"nnUNet_{part}", str(place.root / part))
+    assert main(["diagnose", *given, "-o", str(tmp_path)]) == 2
+    assert words in capsys.readouterr().err and not list(tmp_path.iterdir())
