@@ -10,4 +10,4 @@ echo "1/3 ruff"
 echo "2/3 pyright"
 "$python" -m pyright --pythonpath "$python"
 echo "3/3 pytest"
-exec "$python" -m pytest "$@"
+exec "$python" -m pytest -n 2 --dist loadfile "$@" # the tests of one file stay together: they share datasets
