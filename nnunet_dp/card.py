@@ -17,6 +17,7 @@ Formal guarantee:
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal
@@ -33,7 +34,8 @@ from nnunet_dp.sections import NOT_COVERED, RAW_FINGERPRINT
 NOISE_SOURCE = "PyTorch generators, keyed anew for every release by the operating system; not cryptographic"
 RAW_PLANS = "nnU-Net's fingerprint of the raw images"
 SAME_VERSION, OTHER_VERSION = 1e-6, 1e-3  # relative; versions of the accountant round differently
-_Unit = Annotated[str, StringConstraints(pattern=r"^[^\W\d][\w-]{0,39}( [\w-]{1,39})?( \(inferred\))?$", max_length=90)]
+_UNIT = re.compile(r"[^\W\d][\w-]{0,39}( [\w-]{1,39})?( \(inferred\))?")
+_Unit = Annotated[str, StringConstraints(pattern=rf"^{_UNIT.pattern}$", max_length=90)]
 """One or two words: it stands in the middle of the claim."""
 MIXED_UNIT = "record"
 """Of a federation whose sites count different things; each site's row says which."""
@@ -247,6 +249,12 @@ def sampler_of(rows: Sequence[CardCharge]) -> Literal["poisson", "full batch"] |
     return "poisson" if any(row.sampling_probability < 1 for row in rows) else "full batch"
 
 
+def unit_of(units: Iterable[str]) -> str:
+    """What one record is, over all sites: their unit, or a word that promises none of several."""
+    found = {unit if _UNIT.fullmatch(unit) else MIXED_UNIT for unit in units}
+    return found.pop() if len(found) == 1 else MIXED_UNIT
+
+
 def sentence(card: Card) -> str:
     """The claim in one sentence, from the card's numbers.
 
@@ -296,8 +304,11 @@ def miscounted(card: Card) -> Iterator[str]:
     charges = [*card.charges, *(row for site in card.sites for row in site.charges)]
     if charges != _sorted(card.charges) + [row for site in card.sites for row in _sorted(site.charges)]:
         yield "the charges are not in their canonical form"
-    if card.sampler != sampler_of(charges):
-        yield f"the sampler should follow the charges ({sampler_of(charges)}), found {card.sampler}"
+    listed = charges if all(site.charges for site in card.sites) else []
+    if card.sampler != sampler_of(listed):
+        yield f"the sampler should follow the charges ({sampler_of(listed)}), found {card.sampler}"
+    if card.client_level is not None and not card.sites:
+        yield "a guarantee for whole sites belongs to a federated model"
     forgotten = sorted({*NOT_COVERED} - {RAW_FINGERPRINT, *card.not_covered})
     if forgotten:
         yield f"not_covered leaves out what is never covered: {', '.join(forgotten)}"
@@ -340,8 +351,12 @@ def _miscounted_sites(card: Card) -> Iterator[str]:
             yield from _other_epsilon(f"site {row.site}: ", row.epsilon, row.charges, row.delta, card.accountant)
         if len(row.thresholds) > _training(row.charges):
             yield f"site {row.site}: {len(row.thresholds)} thresholds, more than its charges released"
-        if row.counted == "as reported" and row.charges:
-            yield f"site {row.site}: charges are listed, although it only reported what it spent"
+        if row.counted == "as reported" and (row.charges or row.epsilon_total is not None):
+            yield f"site {row.site}: charges or a total are listed, although it only reported what it spent"
+        if row.epsilon_total is not None and row.epsilon_total < row.epsilon * (1 - SAME_VERSION):
+            yield f"site {row.site}: the total of its data is below what this model spent"
+    if card.unit != unit_of(row.unit for row in card.sites):
+        yield f"the unit should be the sites' ({unit_of(row.unit for row in card.sites)}), found {card.unit}"
     if card.epsilon != max(row.epsilon for row in card.sites) or card.delta != max(row.delta for row in card.sites):
         yield "epsilon and delta of a federated model should be the largest of its sites'"
     if card.charges or card.dataset is not None or card.training is not None:

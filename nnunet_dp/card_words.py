@@ -179,7 +179,7 @@ def unit_in_words(unit: str) -> str:
     if unit.endswith("(inferred)"):
         return f"All data of one {noun(unit)}; which cases belong together was inferred from their names."
     if unit == MIXED_UNIT:
-        return "What one record is differs between the sites: the table of sites says it for each."
+        return "What one record is differs between the sites, or is nothing that a word or two could name."
     if unit == "case":
         return "One case. Nobody said which cases are one patient's: a patient with several cases is protected less."
     return f"All data of one {noun(unit)}, however many cases that are."
@@ -191,7 +191,7 @@ def chance_in_words(delta: float) -> str:
     >>> chance_in_words(1e-5)
     'one in 100 000'
     """
-    return f"one in {1 / delta:,.0f}".replace(",", " ")
+    return f"one in {math.floor(1 / delta * (1 + 1e-9)):,}".replace(",", " ")
 
 
 def noun(unit: str) -> str:

@@ -32,6 +32,7 @@ from nnunet_dp.card import (
     canonical_charges,
     sampler_of,
     sentence,
+    unit_of,
 )
 from nnunet_dp.charges import LedgerEntry, epsilon_of, events_of
 from nnunet_dp.dataset_identity import identity
@@ -117,7 +118,7 @@ def ledger_claim(model: Path, folds: Sequence[str]) -> Claim:
     unguarded = told[0].released_without_guarantee
     rows = canonical_charges(charges)
     fields = {
-        "unit": told[0].unit,
+        "unit": unit_of([told[0].unit]),
         "relation": budget.relation,
         "epsilon": epsilon_of([row.charge for row in rows], budget.delta),
         "delta": budget.delta,

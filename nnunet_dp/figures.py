@@ -37,7 +37,7 @@ def figures_of(rows: Sequence[CardCharge], sites: Sequence[SiteRow], epsilon: fl
         delta: of it.
     """
     listed = [(row, delta) for row in rows] + [(row, site.delta) for site in sites for row in site.charges]
-    dearest = max(sites, key=lambda site: (bool(site.charges), site.epsilon), default=None)
+    dearest = max(sites, key=lambda site: site.epsilon, default=None)  # where it only reported, nothing is drawn
     followed = (dearest.charges, dearest.delta) if dearest else (rows, delta)
     reported = any(not site.charges for site in sites) if sites else not rows
     return Figures(

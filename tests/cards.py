@@ -60,7 +60,7 @@ def federated_card(sites: int = 3, reported: int = 0, **changes: Any) -> Card:
         "unit": "patient", "relation": "zero-out", "epsilon": max(row.epsilon for row in rows), "delta": DELTA,
         "dataset": None, "charges": [], "sites": rows,
         "client_level": ClientLevelRow(epsilon=9.5, delta=1e-2, unit="site", bound=0.25), "clip": None,
-        "sampler": sampler_of(charges), "training": None,
+        "sampler": sampler_of([] if reported else charges), "training": None,
         "accountant": which_accountant(events_of(row.charge for row in charges), DELTA),
         "public_inputs": ["number of units at each site, channels and labels"],
         "covers": ["weights of the model, which are means of what the sites released"],

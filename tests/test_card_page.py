@@ -5,6 +5,7 @@ Whatever names a user gave, they stand there as text; the page asks for nothing 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,10 +16,11 @@ import pytest
 from cards import LONG, NASTY, described, federated_card, one_dataset_card
 
 from nnunet_dp import card_words
-from nnunet_dp.card import MIXED_UNIT, Card
+from nnunet_dp.card import MIXED_UNIT, Card, ClientLevelRow, miscounted, unit_of
 from nnunet_dp.card_page import rendered
 from nnunet_dp.claim import Claim
 from nnunet_dp.clipping import RULE_NAMES
+from nnunet_dp.errors import Refusal
 from nnunet_dp.federated.claim import _fields, _row
 from nnunet_dp.federated.new_run import LEFT_TO_SITES
 from nnunet_dp.federated.protocol import Mode
@@ -190,3 +192,38 @@ def test_sites_that_count_different_things_share_a_card_that_says_so():
     card = Claim(_fields(told, rows), {"all": (0, 3)}).card()
     assert card.unit == MIXED_UNIT and [row.unit for row in card.sites] == ["patient", "case"]
     assert "differs between the sites" in rendered(card, described())[PAGE].decode()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"unit": "family"}, "the unit should be the sites'"),
+        ({"sampler": "poisson"}, "the sampler should follow the charges"),
+        ({"sites": {"unit": "case"}}, "the unit should be the sites' (record)"),
+        ({"sites": {"epsilon_total": 0.001}}, "the total of its data is below"),
+    ],
+)
+def test_words_that_a_federations_rows_do_not_bear_out_are_faults(changes, words):
+    card = federated_card(2)
+    assert not list(miscounted(card))
+    content = json.loads(card.content)
+    content |= {name: value for name, value in changes.items() if name != "sites"}
+    content["sites"][0] |= changes.get("sites", {})
+    assert any(words in fault for fault in miscounted(Card.model_validate(content)))
+
+
+def test_a_guarantee_for_whole_sites_needs_sites():
+    level = ClientLevelRow(epsilon=1e-3, delta=1e-12, unit="site", bound=1.0)
+    assert any("whole sites" in fault for fault in miscounted(one_dataset_card(client_level=level)))
+
+
+@pytest.mark.parametrize("missing", [{"epsilon": 0.0}, {"unit": None}, {"delta": None}])
+def test_a_site_that_took_part_without_saying_what_it_cost_leaves_nothing_to_claim(missing):
+    site = SiteSummary(**({"name": "north", "rounds": 3, "epsilon": 1.5, "delta": 1e-5, "unit": "patient"} | missing))
+    with pytest.raises(Refusal, match="without saying what that cost"):
+        _row(1, site, None, ())
+
+
+def test_units_that_no_card_takes_become_records():
+    assert unit_of(["eye of a patient"]) == unit_of(["patient", "case"]) == MIXED_UNIT
+    assert unit_of(["patient", "patient"]) == "patient"

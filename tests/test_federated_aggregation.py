@@ -101,6 +101,12 @@ def test_a_site_that_trained_privately_says_what_it_cost(missing):
     assert fault_of_claim(whole.model_copy(update={missing: None})) is Rejection.epsilon
 
 
+@pytest.mark.parametrize("said", [{"epsilon": 0.0}, {"delta": 0.5}])
+def test_a_site_cannot_train_for_nothing_or_promise_nothing(said):
+    whole = {"epsilon": 1.0, "delta": 1e-5, "unit": "patient"}
+    assert fault_of_claim(Reply(code=Code.ok, site="a", run="0a", **(whole | said))) is Rejection.epsilon
+
+
 def test_a_mean_of_many_sites_is_summed_in_double_precision():
     updates = {f"s{k:04}": {"w": np.array([1.0 if k == 0 else 1e-8], np.float32)} for k in range(2001)}
     found = weighted_mean(updates, dict.fromkeys(updates, 1.0))["w"][0]

@@ -67,10 +67,18 @@ def fault_of_header(reply: Reply, run: str, round: int | None, site: str | None)
     return Rejection.site if site is not None and reply.site != site else None
 
 
+LARGEST_DELTA = 0.01  # of a site's claim: with fewer than ten patients nobody promises less
+
+
 def fault_of_claim(reply: Reply) -> Rejection | None:
-    """What is missing in the reply of a site that trained privately, if anything: it must say what that cost."""
+    """What is missing in the reply of a site that trained privately, if anything: it must say what that cost.
+
+    Nothing is trained for nothing, and a delta of a hundredth or more promises nothing.
+    """
     said = (reply.epsilon, reply.delta, reply.unit)
-    return Rejection.epsilon if reply.code is Code.ok and None in said else None
+    if reply.code is not Code.ok:
+        return None
+    return Rejection.epsilon if None in said or not reply.epsilon or (reply.delta or 1) >= LARGEST_DELTA else None
 
 
 def fault_of_weights(arrays: Arrays, expected: Shapes) -> Rejection | None:

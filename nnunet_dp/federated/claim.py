@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dp.accounting import which_accountant
-from nnunet_dp.card import MIXED_UNIT, ClientLevelRow, SiteRow, canonical_charges, sampler_of
+from nnunet_dp.card import ClientLevelRow, SiteRow, canonical_charges, sampler_of, unit_of
 from nnunet_dp.charges import LedgerEntry, events_of
 from nnunet_dp.claim import NO_GUARANTEE_RUNS, Claim
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -45,7 +45,7 @@ def federated_claim(model: Path) -> Claim:
     if checkpoint["init_args"].get("run") != told.run:
         raise Refusal(f"{FINAL} in {model.name} was written by another run than federated.json says: --resume mends it")
     charges, thresholds = charges_of_sites(told), thresholds_of(told)
-    spent = [site for site in told.sites if site.spent]  # a site that spent nothing released nothing
+    spent = [site for site in told.sites if site.spent or site.rounds]  # the others released nothing
     known = [(site, charges.get(site.name), thresholds.get(site.name, ())) for site in spent]
     rows = [_row(number, *about) for number, about in enumerate(known, 1)]
     return Claim(_fields(told, rows), {_FOLD: (0, int(checkpoint["init_args"]["steps"]))})
@@ -60,12 +60,13 @@ def _row(
     number: int, site: SiteSummary, charged: tuple[LedgerEntry, ...] | None, thresholds: Sequence[float]
 ) -> SiteRow:
     counted = site.recounted is not None and charged is not None
-    assert site.spent is not None and site.delta is not None
+    if not site.spent or site.delta is None or site.unit is None:
+        raise Refusal(f"site {number} took part without saying what that cost and per what: nothing can be claimed")
     return SiteRow(
         site=number,
         epsilon=site.spent,
         delta=site.delta,
-        unit=site.unit or "patient",
+        unit=unit_of([site.unit]),
         rounds=site.rounds,
         counted="from its ledger" if counted else "as reported",
         charges=canonical_charges(charged or ()) if counted else [],
@@ -79,9 +80,8 @@ def _fields(told: Summary, rows: list[SiteRow]) -> dict[str, Any]:
     unguarded = any(site.released_without_guarantee for site in told.sites)
     delta, whole = max(row.delta for row in rows), told.client_level
     level = {name: whole[name] for name in ClientLevelRow.model_fields} if whole else None
-    units = {row.unit for row in rows}
     return {
-        "unit": units.pop() if len(units) == 1 else MIXED_UNIT,
+        "unit": unit_of(row.unit for row in rows),
         "relation": "zero-out",
         "epsilon": max(row.epsilon for row in rows),
         "delta": delta,
@@ -90,7 +90,7 @@ def _fields(told: Summary, rows: list[SiteRow]) -> dict[str, Any]:
         "sites": rows,
         "client_level": level,
         "clip": None,
-        "sampler": sampler_of(charges),
+        "sampler": sampler_of(charges if all(row.charges for row in rows) else []),
         "training": None,
         "accountant": which_accountant(events_of(row.charge for row in charges), delta),
         "public_inputs": [_PUBLIC, *(f"{what}: {_anonymous(words)}" for what, words in told.inputs.items())],

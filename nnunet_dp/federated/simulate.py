@@ -18,7 +18,6 @@ the coordinator goes on after the last round that it wrote.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -242,7 +241,8 @@ def _new_folder(folder: Path | None) -> Path:
     made = folder or nnunet_folder("results") / "federated_runs" / f"run_{secrets.token_hex(4)}"
     if made.exists() and any(file.name != SETTINGS for file in made.iterdir()):  # settings alone: nothing was decided
         raise UsageRefusal(f"{made.name} should be a new folder, found files: --resume goes on with a run")
-    shutil.rmtree(made / SETTINGS, ignore_errors=True)  # those of an attempt with other sites would take part
+    for file in (made / SETTINGS).glob("*.toml"):  # of an attempt with other sites, who would take part
+        file.unlink()
     return made.resolve()
 
 
