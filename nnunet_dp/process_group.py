@@ -5,7 +5,8 @@ to prepare, and notices at once when a process is gone. Tensors go over the grou
 gloo between processors. Before every exchange of tensors the ranks meet over words, so that NCCL never waits for long.
 
 What is exchanged during a step is private: processes on machines of different names are refused, and gloo is told to
-use the loopback interface where nnU-Net made the group.
+use the loopback interface where nnU-Net made the group. The port at which torch's processes find each other is
+nnU-Net's, listens on all interfaces and asks nobody who they are: see the FAQ.
 
 Formal guarantee:
     No call returns on one rank unless every rank that takes part in it was alive; where one is not, it raises
