@@ -32,7 +32,7 @@ def lines(diagnosis: Diagnosis) -> list[str]:
     """What was seen, a line a moment, then what each rule made of it in the end."""
     told = [] if diagnosis.public else [STAMP]
     told += [
-        f"{diagnosis.dataset}: {diagnosis.measured} of {diagnosis.patients} {diagnosis.unit}s measured, trained with "
+        f"{diagnosis.dataset}: {diagnosis.measured} of {diagnosis.patients} {_units(diagnosis)} measured, trained with "
         f"{diagnosis.rule} for {diagnosis.steps} steps of epsilon {diagnosis.epsilon:g} (weights thrown away)",
         "",
         f"{'step':>6}  {'norm: 5 %':>9} {'median':>8} {'95 %':>8}  {'cosine with the others':>22}  "
@@ -59,13 +59,18 @@ def _line(moment: Moment) -> str:
     return f"{moment.step:>6}  {low:>9.3g} {median:>8.3g} {high:>8.3g}  {cosine:>22}  {thirds:>24}  {rank:>35}"
 
 
+def _units(diagnosis: Diagnosis) -> str:
+    """More than one of them, without a remark such as "(inferred)"."""
+    return f"{diagnosis.unit.partition(' (')[0]}s"
+
+
 def _verdict(diagnosis: Diagnosis) -> str:
     """Whether PSAC's assumption held, at how many of the moments."""
     signs = [moment.geometry.disagreement() for moment in diagnosis.moments]
     rising = sum(seen.rank_correlation > 0 and seen.p_value < 0.05 for seen in signs)
     falling = sum(seen.rank_correlation < 0 and seen.p_value < 0.05 for seen in signs)
     return (
-        f"PSAC's assumption, that {diagnosis.unit}s with small gradients point elsewhere than the others, held at "
+        f"PSAC's assumption, that {_units(diagnosis)} with small gradients point elsewhere than the others, held at "
         f"{rising} of {len(signs)} moments (rank correlation above 0, p < 0.05); the contrary held at {falling}."
     )
 
@@ -83,7 +88,7 @@ def plot(diagnosis: Diagnosis, file: Path) -> None:
     _rules(panels[1, 0], diagnosis, "cosine", "cosine of clipped and true mean")
     _rules(panels[1, 1], diagnosis, "signal_to_noise", "signal / noise of a step")
     _layers(panels[1, 2], diagnosis)
-    title = f"{diagnosis.dataset}: gradients of {diagnosis.measured} {diagnosis.unit}s, trained with {diagnosis.rule}"
+    title = f"{diagnosis.dataset}: gradients of {diagnosis.measured} {_units(diagnosis)}, trained with {diagnosis.rule}"
     figure.suptitle(title if diagnosis.public else f"{title}\n{STAMP}", color="black" if diagnosis.public else "red")
     FigureCanvasAgg(figure).print_png(str(file))
 

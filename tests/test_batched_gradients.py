@@ -258,7 +258,7 @@ def compiler():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("dimension", [2, 3])
+@pytest.mark.parametrize("dimension", [2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["PlainConvUNet", "ResidualEncoderUNet"])
 def test_both_engines_take_a_compiled_network_without_graph_breaks(kind, dimension, compiler, monkeypatch):
     compiled = torch.compile

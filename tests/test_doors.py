@@ -84,6 +84,7 @@ def is_neutral(value: object) -> bool:
 # ---- a training that begins from phantoms ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_training_makes_its_public_start_once_and_records_it(tmp_path):
     place = linked(lesion(tmp_path))
     place.plan("--epsilon", 8, "--compute", "small", "--set", "steps=2", start=True)
