@@ -16,7 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import ValidationError
 
-from nnunet_dp.federated.protocol import Arrays, Code, Reply
+from nnunet_dp.federated.protocol import LARGEST_DELTA, Arrays, Code, Reply
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -67,13 +67,10 @@ def fault_of_header(reply: Reply, run: str, round: int | None, site: str | None)
     return Rejection.site if site is not None and reply.site != site else None
 
 
-LARGEST_DELTA = 0.01  # of a site's claim: with fewer than ten patients nobody promises less
-
-
 def fault_of_claim(reply: Reply) -> Rejection | None:
     """What is missing in the reply of a site that trained privately, if anything: it must say what that cost.
 
-    Nothing is trained for nothing, and a delta of a hundredth or more promises nothing.
+    Nothing is trained for nothing, and no site's settings allow a delta of ``LARGEST_DELTA`` or more.
     """
     said = (reply.epsilon, reply.delta, reply.unit)
     if reply.code is not Code.ok:

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 
 VERSION = 1
 LARGEST_SHARE = 0.5
+LARGEST_DELTA = 0.01  # of a site's claim: a chance of one in a hundred that nothing holds promises nothing
 Arrays = Mapping[str, np.ndarray]
 Kind = Literal["query", "fingerprint", "prepare", "train"]
 KINDS: tuple[Kind, ...] = ("query", "fingerprint", "prepare", "train")

@@ -29,7 +29,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, 
 
 from nnunet_dp.accounting import LARGEST_EPSILON
 from nnunet_dp.errors import UsageRefusal
-from nnunet_dp.federated.protocol import SiteName
+from nnunet_dp.federated.protocol import LARGEST_DELTA, SiteName
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -70,7 +70,7 @@ class SiteSettings(BaseModel):
     name: SiteName
     dataset: Annotated[str, BeforeValidator(_as_word), Field(pattern=r"^(\d{1,3}|Dataset\d{3}_[A-Za-z0-9_.-]+)$")]
     max_epsilon: StrictFloat = Field(gt=0, le=LARGEST_EPSILON)
-    delta: StrictFloat | None = Field(default=None, gt=0, lt=1)
+    delta: StrictFloat | None = Field(default=None, gt=0, lt=LARGEST_DELTA)
     raw: Path | None = None
     preprocessed: Path | None = None
     results: Path | None = None
