@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from judging import HeldOut, held_out
 
 DATASET = 412
 NAME = f"Dataset{DATASET}_Benchmark"
@@ -62,15 +63,9 @@ class World:
         """Raw dataset of a site, or of the union."""
         return self.folder / name / "raw" / NAME
 
-    def held_out(self, name: str) -> list[tuple[str, list[Path], Path]]:
+    def held_out(self, name: str) -> list[HeldOut]:
         """Case, images and labels that a site is judged by."""
-        raw = self.raw(name)
-        ending = json.loads((raw / "dataset.json").read_text())["file_ending"]
-        labels = sorted((raw / "labelsTs").iterdir())
-        cases = [file.name.removesuffix(ending) for file in labels]
-        return [
-            (c, sorted((raw / "imagesTs").glob(f"{c}_????{ending}")), f) for c, f in zip(cases, labels, strict=True)
-        ]
+        return held_out(self.raw(name))
 
 
 def find_world(folder: Path) -> World | None:

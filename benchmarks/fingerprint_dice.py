@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 from fingerprint import essence, windows_of
-from judging import HeldOut, Judge
+from judging import Judge, held_out
 from torch import Tensor
 
 from nnunet_dp import nnunet
@@ -101,13 +101,6 @@ def preprocessed(plans: Mapping[str, Any], configuration: str) -> list[LabelledI
     return [LabelledImage(np.asarray(image[:]), np.maximum(np.asarray(labels[:])[0], 0)) for image, labels in cases]
 
 
-def held_out(train: str) -> list[HeldOut]:
-    raw = raw_folder(train)
-    ending = json.loads((raw / "dataset.json").read_text())["file_ending"]
-    found = [(file.name.removesuffix(ending), file) for file in sorted((raw / "labelsTs").iterdir())]
-    return [(case, sorted((raw / "imagesTs").glob(f"{case}_????{ending}")), file) for case, file in found]
-
-
 def trained(plans: dict[str, Any], o: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One short training, judged on the dataset's test cases."""
     description = json.loads((raw_folder(o.train) / "dataset.json").read_text())
@@ -123,7 +116,7 @@ def trained(plans: dict[str, Any], o: argparse.Namespace, seed: int) -> dict[str
     weights = learn(network, loss, patches, recipe, device, partial(nnunet.autocast, device))
     final = copy.deepcopy(network)
     final.load_state_dict(weights)
-    return Judge(plans, o.configuration, description, final).scores(held_out(o.train))
+    return Judge(plans, o.configuration, description, final).scores(held_out(raw_folder(o.train)))
 
 
 def rows(work: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,13 @@ from typing import Any
 import numpy as np
 
 HeldOut = tuple[str, list[Path], Path]  # case, its images, its labels
+
+
+def held_out(raw: Path) -> list[HeldOut]:
+    """The test cases of a raw dataset that has labels of them."""
+    ending = json.loads((raw / "dataset.json").read_text())["file_ending"]
+    found = [(file.name.removesuffix(ending), file) for file in sorted((raw / "labelsTs").iterdir())]
+    return [(case, sorted((raw / "imagesTs").glob(f"{case}_????{ending}")), file) for case, file in found]
 
 
 class Judge:

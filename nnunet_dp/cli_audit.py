@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
+from nnunet_dp.console import AsJson, show_lines
 from nnunet_dp.errors import UsageRefusal
 
 audit = typer.Typer(rich_markup_mode=None)
@@ -37,7 +38,7 @@ def audit_command(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of coins, phantoms and initial weights; never of noise.")] = 1,
     processes: Annotated[int, typer.Option("-np", min=1, help="Processes that work side by side.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Attack the project's own training on phantoms, and say what epsilon is at least.
 
@@ -107,6 +108,4 @@ def _print(report: dict[str, Any], lines: list[tuple[str, str]], as_json: bool) 
     if as_json:
         typer.echo(json.dumps(report, indent=2))
         return
-    width = max(len(label) for label, _ in lines)
-    for label, value in lines:
-        typer.echo(f"{label:<{width}}  {value}")
+    show_lines(lines)

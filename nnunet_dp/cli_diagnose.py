@@ -20,7 +20,6 @@ from nnunet_dp.errors import UsageRefusal
 
 STEPS = 40  # of a training on phantoms that nobody planned
 
-
 diagnose = typer.Typer(rich_markup_mode=None)
 
 
@@ -75,7 +74,7 @@ def diagnose_command(
                 by_hand = by_hand.model_copy(update={"steps": STEPS})
             voxels = parse_shape(shape)
             with diagnosis.phantom_dataset(phantom, patients, seed, voxels, epsilon, by_hand, processes) as made:
-                found = diagnosis.diagnose("999", *made, **told, phantom=phantom)
+                found = diagnosis.diagnose(*made, **told, phantom=phantom)
         elif dataset is None or configuration is None or plans is None:
             raise UsageRefusal(
                 "either --phantom KIND should be given, or -d, -c and -p of a planned dataset: type for instance "

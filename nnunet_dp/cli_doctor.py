@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nnunet_dp.console import AsJson
 from nnunet_dp.errors import UsageRefusal
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def doctor_command(
     ] = None,
     plans: Annotated[str, typer.Option("-p", "--plans", help="Whose network and budget.")] = "nnUNetPlans",
     cases: Annotated[int, typer.Option(min=1, help="How many cases are opened, from the first.")] = 3,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Look for what would keep a private training from running here, and say what to type.
 

@@ -19,12 +19,13 @@ What goes on is said on stderr; stdout holds the result, with ``--json`` as one 
 import enum
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from nnunet_dp.console import show_lines, whole_numbers
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.workers import in_tenths
 
@@ -467,7 +468,7 @@ def _run_options(given: Mapping[str, Any]) -> "RunOptions":
         start=not given["no_start"],
         start_iterations=given["start_iterations"],
         start_images=given["start_images"],
-        features=_whole_numbers(given["features"], "--features", "16,32,64"),
+        features=whole_numbers(given["features"], "--features", "16,32,64"),
     )
     return RunOptions(
         schedule=schedule,
@@ -479,7 +480,7 @@ def _run_options(given: Mapping[str, Any]) -> "RunOptions":
         plans_from=given["plans_from"],
         no_patient_overlap=given["no_patient_overlap"],
         phantom=given["phantom"],
-        phantom_shape=_whole_numbers(given["phantom_shape"], "--phantom-shape", "80,80"),
+        phantom_shape=whole_numbers(given["phantom_shape"], "--phantom-shape", "80,80"),
         weights=_weights(given["weights"]),
         minimum_replies=given["minimum_replies"],
         round_timeout_s=given["round_timeout"],
@@ -492,15 +493,6 @@ def _run_options(given: Mapping[str, Any]) -> "RunOptions":
         seed=given["seed"],
         fingerprint_share=given["fingerprint_share"] if given["fingerprint"] else None,
     )
-
-
-def _whole_numbers(text: str | None, option: str, example: str) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    parts: Sequence[str] = text.split(",")
-    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UsageRefusal(f"{option} should be whole numbers above 0, found {text!r}; type: {option} {example}")
-    return tuple(int(part) for part in parts)
 
 
 def _weights(text: str | None) -> dict[str, float]:
@@ -532,10 +524,7 @@ def _show_summary(folder: Path, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(summary.as_dict()))
         return
-    lines = summary.lines()
-    width = max(len(label) for label, _ in lines)
-    for label, value in lines:
-        typer.echo(f"{label:<{width}}  {value}")
+    show_lines(summary.lines())
     if summary.complete and summary.model_folder:
         typer.echo(f"Next: {_predict_command(summary.model_folder)}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -18,11 +18,20 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object inst
 
 def parse_shape(text: str | None) -> tuple[int, ...] | None:
     """Voxels along each axis from ``--shape 20,24,20``; None stays None."""
+    return whole_numbers(text, "--shape", "20,24,20")
+
+
+def whole_numbers(text: str | None, option: str, example: str) -> tuple[int, ...] | None:
+    """Numbers above 0 from text such as the example; None stays None.
+
+    Raises:
+        UsageRefusal: naming the option.
+    """
     if text is None:
         return None
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise UsageRefusal(f"--shape should be whole numbers above 0, found {text!r}; type: --shape 20,24,20")
+        raise UsageRefusal(f"{option} should be whole numbers above 0, found {text!r}; type: {option} {example}")
     return tuple(int(part) for part in parts)
 
 
@@ -50,7 +59,11 @@ def show(report: Any, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(report.as_dict(), indent=2))
         return
-    lines = report.lines()
+    show_lines(report.lines())
+
+
+def show_lines(lines: Sequence[tuple[str, str]]) -> None:
+    """Label and value side by side."""
     width = max((len(label) for label, _ in lines), default=0)
     for label, value in lines:
         typer.echo(f"{label:<{width}}  {value}")

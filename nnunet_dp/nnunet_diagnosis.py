@@ -35,7 +35,7 @@ from nnunet_dp.nnunet_public_plans import nnunet_folders_in, plans_of_raw_phanto
 from nnunet_dp.nnunet_site import SiteModel, open_model, preprocess
 from nnunet_dp.nnunet_start import ensure_start
 from nnunet_dp.phantoms import KINDS
-from nnunet_dp.plans import configuration_plan, read_json, read_section, write_json
+from nnunet_dp.plans import configuration_plan, read_private_plans, write_json
 from nnunet_dp.run import LEDGER
 from nnunet_dp.sections import ByHand, ConfigurationPlan
 from nnunet_dp.workers import Progress
@@ -143,20 +143,15 @@ def diagnose(
         plans_name: private plans.
         asked: how to look.
         say: told what is going on.
-        progress: told after each step and each measured patient, in gradients.
+        progress: told after each gradient, of a step or measured.
         phantom: kind of phantoms, where the dataset holds nothing else.
 
     Raises:
         UsageRefusal: for unknown datasets, plans, configurations or rules.
     """
     folder = preprocessed_folder(dataset)
-    file = folder / f"{plans_name}.json"
-    if not file.is_file():
-        raise UsageRefusal(f"{folder.name} has no plans {plans_name}: make them with `nnunet-dp plan -d {dataset} ...`")
-    plans, dataset_json = read_json(file), read_description(folder / "dataset.json")
-    section = read_section(plans)
-    if section is None:
-        raise UsageRefusal(f"{plans_name} are plans without privacy: make private ones with `nnunet-dp plan`")
+    plans, section = read_private_plans(folder, plans_name)
+    dataset_json = read_description(folder / "dataset.json")
     planned = configuration_plan(section, configuration)
     if asked.rule not in planned.clip_rules:
         raise UsageRefusal(f"--rule should be one of {', '.join(planned.clip_rules)}; found {asked.rule!r}")
@@ -232,8 +227,8 @@ def _foreground(target: Any) -> float:
 @contextmanager
 def phantom_dataset(
     kind: str, patients: int, seed: int, shape: Sequence[int] | None, epsilon: float, by_hand: ByHand, processes: int
-) -> Iterator[tuple[str, str]]:
-    """Phantoms, preprocessed and planned, in nnU-Net folders that vanish at the end: configuration and plans' name.
+) -> Iterator[tuple[str, str, str]]:
+    """Phantoms, preprocessed and planned, in nnU-Net folders that vanish: dataset, configuration and plans' name.
 
     Raises:
         UsageRefusal: for an unknown kind or an impossible shape.
@@ -247,5 +242,5 @@ def phantom_dataset(
         report = plan_dataset(
             raw.name, configuration, epsilon, None, public_start=False, morphology_share=0.0, by_hand=by_hand
         )
-        yield configuration, report.plans_name
+        yield raw.name, configuration, report.plans_name
 

@@ -37,7 +37,14 @@ from nnunet_dp.nnunet_public_plans import public_facts
 from nnunet_dp.phantoms import Kind, Patient, anatomy
 from nnunet_dp.phantoms.matching import SHAPES, find_kind
 from nnunet_dp.planning import TRAINING_SHARE
-from nnunet_dp.plans import SECTION, configuration_plan, json_sha256, read_json, read_section, write_json
+from nnunet_dp.plans import (
+    SECTION,
+    configuration_plan,
+    json_sha256,
+    read_private_plans,
+    read_section,
+    write_json,
+)
 from nnunet_dp.public_start import LabelledImage, Phantoms, learn, only_one, read_start, start_file, write_start
 from nnunet_dp.sections import PublicStart
 from nnunet_dp.workers import Progress, in_order, in_tenths
@@ -128,13 +135,7 @@ def pretrain(
         UsageRefusal: for unknown datasets, plans or kinds, and plans without privacy or without a public start.
     """
     folder = preprocessed_folder(dataset)
-    file = folder / f"{plans_name}.json"
-    if not file.is_file():
-        raise UsageRefusal(f"{folder.name} has no plans {plans_name}: make them with `nnunet-dp plan`")
-    plans = read_json(file)
-    section = read_section(plans)
-    if section is None:
-        raise UsageRefusal(f"{plans_name} are plans without privacy: make private ones with `nnunet-dp plan`")
+    plans, section = read_private_plans(folder, plans_name)
     recipe = configuration_plan(section, configuration).start
     dataset_json = read_description(folder / "dataset.json")
     facts = public_facts(plans, dataset_json)
@@ -159,7 +160,7 @@ def pretrain(
         plans, configuration, dataset_json, folder, device, processes, progress=progress, public_weights=public_weights
     )
     if changes:
-        write_json(plans, file)
+        write_json(plans, folder / f"{plans_name}.json")
     made = start_file(folder, configuration, _facts(plans, configuration, dataset_json, recipe))
     return StartReport(made, provenance)
 

@@ -42,6 +42,23 @@ def read_section(plans: dict[str, Any]) -> PrivacySection | None:
         ) from None
 
 
+def read_private_plans(folder: Path, name: str) -> tuple[dict[str, Any], PrivacySection]:
+    """Private plans of a preprocessed dataset, and their section.
+
+    Raises:
+        UsageRefusal: where there are none of that name, or they are ordinary ones.
+        Refusal: for a section that this version does not understand.
+    """
+    file = folder / f"{name}.json"
+    if not file.is_file():
+        raise UsageRefusal(f"{folder.name} has no plans {name}: make them with `nnunet-dp plan`")
+    plans = read_json(file)
+    section = read_section(plans)
+    if section is None:
+        raise UsageRefusal(f"{name} are plans without privacy: make private ones with `nnunet-dp plan`")
+    return plans, section
+
+
 def plans_name(source: str, epsilon: float) -> str:
     """Name of the private plans: nnUNetPlans and 8 give nnUNetPlansDP_eps8."""
     return f"{source}DP_eps{epsilon:g}"

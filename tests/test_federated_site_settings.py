@@ -52,8 +52,8 @@ def test_the_environment_is_as_before_after_a_message(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        'allow_no_guarantee = "no"', "allow_no_guarantee = 1", 'delta = "1e-5"', "delta = 0.0", "delta = 1.0", "delta = 0.02",
-        "delta = nan", 'device = "mps"', "processes = -1", "processes = 1.5", "maxepsilon = 3.0",
+        'allow_no_guarantee = "no"', "allow_no_guarantee = 1", 'delta = "1e-5"', "delta = 0.0", "delta = 1.0",
+        "delta = 0.02", "delta = nan", 'device = "mps"', "processes = -1", "processes = 1.5", "maxepsilon = 3.0",
     ],
 )  # fmt: skip
 def test_what_is_not_exactly_meant_is_refused(tmp_path, line):
