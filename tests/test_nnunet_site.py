@@ -128,11 +128,6 @@ def test_a_threshold_follows_the_percentile_of_the_terms():
     assert (rule.bound, rule.target_quantile) == (3.0, 0.75)
 
 
-def test_a_delta_that_promises_nothing_is_refused(site, folders):
-    with pytest.raises(UsageRefusal, match="below 1 / patients"):
-        private(site, delta=0.2)
-
-
 def test_a_network_that_couples_patients_is_refused(site, folders):
     plans = private(site)
     plans["configurations"]["2d"]["architecture"]["arch_kwargs"]["norm_op"] = "torch.nn.BatchNorm2d"
