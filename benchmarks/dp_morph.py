@@ -15,6 +15,7 @@ import argparse
 import hashlib
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 
 from nnunet_dp.bootstrap import paired_bootstrap
 from nnunet_dp.free_rules import per_image
-from nnunet_dp.learning import reference_facts, votes_of
+from nnunet_dp.learning import ReferenceFacts, reference_facts, votes_of
 from nnunet_dp.morphology import (
     Closing,
     FillHoles,
@@ -41,7 +42,7 @@ from nnunet_dp.shape_votes import Ballot, questions, without_noise
 from nnunet_dp.splits import fold_slots
 from nnunet_dp.workers import in_order
 
-METRICS = ("dice", "hd95")
+METRICS = ("dice", "hd95", "nsd")
 DRAWS = 5000
 
 
@@ -58,33 +59,66 @@ def fixed_menu(edge: float) -> dict[str, tuple]:
     return menu
 
 
-def rules_for(fold: Path) -> tuple[dict[str, Morphology], dict[str, Any]]:
-    """All variants but the oracle, and what is public about the model."""
+@dataclass(frozen=True)
+class Judged:
+    """A trained fold: where its predictions and references lie, and what is public about both.
+
+    Attributes:
+        fold: folder of the trained fold, with ``validation/`` and ``morphology.json``.
+        facts: of the references that refinement learns from.
+        epsilon: of the training's budget.
+        held_out: case to unit, of the cases that the fold was not trained on.
+        references: folder of their masks.
+        description: nnU-Net's dataset.json.
+    """
+
+    fold: Path
+    facts: ReferenceFacts
+    epsilon: float
+    held_out: dict[str, str]
+    references: Path
+    description: dict[str, Any]
+
+    @property
+    def unrefined(self) -> Morphology:
+        """The dataset's classes without any operation."""
+        return classes_from(self.description)
+
+    def fixed(self, operations: tuple) -> Morphology:
+        """The same operations for every class."""
+        return self.unrefined.with_operations([operations] * len(self.unrefined.classes))
+
+    def learnt(self) -> Morphology:
+        """What the run's private vote allowed."""
+        return read_morphology(self.fold / "morphology.json")
+
+
+def judged(fold: Path) -> Judged:
+    """The fold in a model folder of nnUNet_results, its dataset in nnUNet_preprocessed."""
     model = fold.parent
     plans, description = (json.loads((model / name).read_text()) for name in ("plans.json", "dataset.json"))
     section, configuration = read_section(plans), model.name.rsplit("__", 1)[-1]
+    assert section is not None  # a private trainer wrote them
     folder = Path(os.environ["nnUNet_preprocessed"]) / plans["dataset_name"]
     patients = patients_of_plan(folder, section)
     slots, held_out = fold_slots(find_splits(folder, patients), int(fold.name[5:]), patients)
     facts = reference_facts(folder, slots, plans, description, configuration, 1)
-    known = classes_from(description)
+    whose = {case: patients.case_to_patient[case] for case in held_out}
+    return Judged(fold, facts, section.budget.epsilon, whose, folder / "gt_segmentations", description)
+
+
+def rules_for(model: Judged) -> dict[str, Morphology]:
+    """All variants but the oracle."""
+    facts, known = model.facts, model.unrefined
     variants = {"none": known}
     for name, operations in fixed_menu(min(facts.spacing_mm)).items():
-        variants[name] = known.with_operations([operations] * len(known.classes))
+        variants[name] = model.fixed(operations)
     ballot = Ballot(known.classes, questions(facts.spacing_mm), known.regions, known.ignore_label)
-    votes = votes_of(ballot, facts.slots, SegmentationFiles(description, facts.plans), 1, None)
+    votes = votes_of(ballot, facts.slots, SegmentationFiles(model.description, facts.plans), 1, None)
     variants["adaptive, without noise (not private)"] = without_noise(ballot, votes, "not_private")
-    variants["per image (free)"] = per_image(description)
-    variants["**adaptive private**"] = read_morphology(fold / "morphology.json")
-    about = {
-        "dataset": plans["dataset_name"],
-        "epsilon": section.budget.epsilon,
-        "held_out": {case: patients.case_to_patient[case] for case in held_out},
-        "references": str(folder / "gt_segmentations"),
-        "description": description,
-        "plans": facts.plans,
-    }
-    return variants, about
+    variants["per image (free)"] = per_image(model.description)
+    variants["**adaptive private**"] = model.learnt()
+    return variants
 
 
 def measure_case(item: tuple) -> dict[str, list[list[float]]]:
@@ -102,30 +136,28 @@ def measure_case(item: tuple) -> dict[str, list[list[float]]]:
         key = hashlib.sha256(refined.tobytes()).digest()
         if key not in seen:
             images = (truth.squeeze(axes), refined.squeeze(axes))
-            pairs = [[np.isin(image, rule.labels) for image in images] for rule in rules.classes]
-            found = [segmentation_metrics(*pair, step, 1.0) for pair in pairs]
+            masks = [tuple(np.isin(image, rule.labels) for image in images) for rule in rules.classes]
+            found = [segmentation_metrics(reference, mask, step, 1.0) for reference, mask in masks]
             seen[key] = [[float(getattr(one, metric)) for metric in METRICS] for one in found]
         results[name] = seen[key]
     return results
 
 
-def measure_model(fold: Path, processes: int) -> dict[str, Any]:
+def measure_model(model: Judged, variants: dict[str, Morphology], processes: int) -> dict[str, Any]:
     """Every variant on every held-out case of one model."""
-    variants, about = rules_for(fold)
-    ending = about["description"]["file_ending"]
-    cases = sorted(about["held_out"])
+    ending, cases = model.description["file_ending"], sorted(model.held_out)
     work = [
-        (fold / "validation" / (case + ending), Path(about["references"]) / (case + ending), about["description"],
-         about["plans"], variants)
+        (model.fold / "validation" / (case + ending), model.references / (case + ending), model.description,
+         model.facts.plans, variants)
         for case in cases
     ]  # fmt: skip
     measured = list(in_order(measure_case, work, processes))
-    codes = {patient: number for number, patient in enumerate(sorted(set(about["held_out"].values())))}
+    codes = {patient: number for number, patient in enumerate(sorted(set(model.held_out.values())))}
     return {
-        "dataset": about["dataset"],
-        "epsilon": about["epsilon"],
-        "classes": [rule.name for rule in variants["none"].classes],
-        "patient": [codes[about["held_out"][case]] for case in cases],
+        "dataset": model.fold.parent.parent.name,
+        "epsilon": model.epsilon,
+        "classes": [rule.name for rule in model.unrefined.classes],
+        "patient": [codes[model.held_out[case]] for case in cases],
         "values": {name: [case[name] for case in measured] for name in variants},
         "rules": {
             name: [[operation.operation for operation in rule.operations] for rule in rules.classes]
@@ -246,7 +278,8 @@ def main() -> None:
         name = f"{fold.parent.parent.name}/{fold.parent.name}/{fold.name}"
         if name not in done:
             print(f"measuring {name}", flush=True)
-            done[name] = measure_model(fold, arguments.np)
+            model = judged(fold)
+            done[name] = measure_model(model, rules_for(model), arguments.np)
             store.write_text(json.dumps(done))
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for model in done.values():

@@ -47,8 +47,8 @@ ROUNDED_TO = 1e-3  # what is released, so that nothing hides in the last digits
 AUDIBLE_SHARE = 0.25  # of the patients in one bin should be told from noise
 _CASES = 21  # pseudo cases that carry the quantiles to nnU-Net's planner
 _TAIL = 0.1  # of the cases reach beyond the pooled 0.5 % and 99.5 % of CT intensities
+_ATOM = 0.5  # of the patients at one point: a value that all scans are made with, and no distribution
 _SHRUNK = 0.75  # nnU-Net's own threshold of the relative size
-_WIDTH = 3  # neighbouring bins that are heard together
 
 Values = Mapping[str, float]
 """Of one case, by the statistic's name."""
@@ -64,7 +64,8 @@ _ROUND = (
 """Numbers that scanners are set to, at most a factor of 1.14 apart."""
 SPACINGS_MM = tuple(round(number * 10.0**power, 4) for power in (-2, -1, 0, 1) for number in _ROUND if
                     0.05 <= number * 10.0**power <= 18)  # fmt: skip
-SIZES = _powers(20, 12, 66)  # 4 to 1995 mm, or pixels of pictures, in steps of 12 %
+SIZES = (*range(4, 32), *(2**octave * (16 + step) // 16 for octave in range(5, 11) for step in range(16)), 2048)
+"""Voxels along an axis, in steps of at most 7 %: matrices of scanners (48, 96, 320, 512, ...) are among them."""
 LOW_HU = tuple(np.arange(-1000.0, 501.0, 50.0))
 HIGH_HU = tuple(np.arange(-500.0, 2501.0, 50.0))
 MEAN_HU = tuple(np.arange(-900.0, 1201.0, 50.0))
@@ -81,6 +82,8 @@ class Statistic:
         logarithmic: whether steps of the grid are factors.
         exact: whether estimates are points of the grid; else they are interpolated.
         single: whether only the points around the loudest count: distributions whose tails are read.
+        downwards: whether a value between two points votes for the lower one, not for the nearest.
+        widths: numbers of neighbouring points that are heard together.
     """
 
     name: str
@@ -88,20 +91,23 @@ class Statistic:
     logarithmic: bool = False
     exact: bool = False
     single: bool = False
+    downwards: bool = False
+    widths: tuple[int, ...] = (1, 3)
 
     def vote(self, value: float) -> np.ndarray:
         """One at the nearest point [points]; nothing for a value that is no number."""
         votes = np.zeros(len(self.grid))
         place = self._place(value)
         if not math.isnan(place):
-            votes[int(np.abs(self._places() - place).argmin())] = 1
+            below = np.searchsorted(self._places(), place, "right") - 1
+            votes[max(0, int(below)) if self.downwards else int(np.abs(self._places() - place).argmin())] = 1
         return votes
 
     def value_at(self, place: float) -> float:
         """The value at a place on the grid, of which point i takes [i, i + 1]."""
         if self.exact:
             return self.grid[min(int(place), len(self.grid) - 1)]
-        positions = np.arange(len(self.grid)) + 0.5
+        positions = np.arange(len(self.grid)) + (0.0 if self.downwards else 0.5)
         found = float(np.interp(place, positions, self._places()))
         return math.exp(found) if self.logarithmic else found
 
@@ -123,7 +129,7 @@ def statistics_for(dimensions: int, ct_channels: Sequence[int] = ()) -> tuple[St
     """
     axes, edges = ((0, 1, 2), (0, 1, 2)) if dimensions == 3 else ((1, 2), ())
     spacings = [Statistic(f"spacing_{axis}", SPACINGS_MM, logarithmic=True, exact=True) for axis in edges]
-    sizes = [Statistic(f"size_{axis}", SIZES, logarithmic=True) for axis in axes]
+    sizes = [Statistic(f"size_{axis}", SIZES, downwards=True, widths=(1, 3, 9)) for axis in axes]
     windows = [
         statistic
         for channel in ct_channels
@@ -243,6 +249,8 @@ class Estimate:
         """The value below which that share of the patients lies."""
         edges = np.concatenate([[0.0], np.cumsum(self.shares)])
         place = float(np.interp(level, edges, np.arange(len(edges)), left=0.0))
+        if self.statistic.downwards and self.shares[min(int(place), len(self.shares) - 1)] >= _ATOM:
+            place = math.floor(place)
         return self.statistic.value_at(place)
 
 
@@ -260,7 +268,7 @@ def estimates(ballot: Ballot, votes: np.ndarray, patients: int, deviation: float
     """
     found = {}
     for statistic, (name, histogram) in zip(ballot.statistics, ballot.split(votes).items(), strict=True):
-        heard = _heard(histogram, _threshold(statistic, deviation), statistic.single)
+        heard = _heard(statistic, histogram, _threshold(statistic, deviation))
         if heard.sum() <= 0:
             raise Refusal(
                 f"the fingerprint should be heard above its noise, found nothing of {name} with {patients} patients: "
@@ -270,15 +278,16 @@ def estimates(ballot: Ballot, votes: np.ndarray, patients: int, deviation: float
     return found
 
 
-def _heard(histogram: np.ndarray, threshold: float, single: bool) -> np.ndarray:
-    """Counts of the points that, alone or with their neighbours, stand above the noise; ``single``: of one run."""
-    around = np.convolve(histogram, np.ones(_WIDTH), "same") if len(histogram) > _WIDTH else histogram
-    loud = (around > threshold * math.sqrt(_WIDTH)) | (histogram > threshold)
+def _heard(statistic: Statistic, histogram: np.ndarray, threshold: float) -> np.ndarray:
+    """Counts of the points that, alone or with their neighbours, stand above the noise."""
+    widths = [width for width in statistic.widths if width <= len(histogram)]
+    around = {width: np.convolve(histogram, np.ones(width), "same") for width in widths}
+    loud = np.any([around[width] > threshold * math.sqrt(width) for width in widths], axis=0)
     if not loud.any():
         return np.zeros_like(histogram)
-    if single:
+    if statistic.single:
         runs = np.cumsum(~loud)  # loud neighbours have as many quiet points before them
-        loud = loud & (runs == runs[np.where(loud, around, -np.inf).argmax()])
+        loud = loud & (runs == runs[np.where(loud, around[widths[-1]], -np.inf).argmax()])
     return np.where(loud, np.maximum(histogram, 0), 0)
 
 
@@ -296,13 +305,9 @@ def as_nnunet(found: Mapping[str, Estimate], dimensions: int, channels: int) -> 
         [999.0, 1.0, 1.0] if picture else [found[f"spacing_{axis}"].quantile(level) for axis in range(3)]
         for level in levels
     ]
-    sizes = [
-        [1.0 if picture and axis == 0 else found[f"size_{axis}"].quantile(level) for axis in range(3)]
-        for level in levels
-    ]
     shapes = [
-        [max(1, round(size / (1.0 if picture else edge))) for size, edge in zip(extent, spacing, strict=True)]
-        for extent, spacing in zip(sizes, spacings, strict=True)
+        [1 if picture and axis == 0 else int(found[f"size_{axis}"].quantile(level) + 1e-6) for axis in range(3)]
+        for level in levels
     ]
     relative = found["relative_size"].shares
     return {

@@ -72,9 +72,8 @@ def _measure_one(dataset_json: dict[str, Any], windows: tuple[int, ...], picture
     shape, spacing, intensities, stats, relative = DatasetFingerprintExtractor.analyze_case(
         images, labels, reader, _VOXELS
     )
-    edges = [1.0] * 3 if picture else [float(edge) for edge in spacing]
-    values = {f"spacing_{axis}": edge for axis, edge in enumerate(edges)}
-    values |= {f"size_{axis}": length * edge for axis, (length, edge) in enumerate(zip(shape, edges, strict=True))}
+    values = {} if picture else {f"spacing_{axis}": float(edge) for axis, edge in enumerate(spacing)}
+    values |= {f"size_{axis}": float(length) for axis, length in enumerate(shape)}
     values |= {"relative_size": float(relative)}
     for channel in windows:
         told = stats[channel]

@@ -34,7 +34,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from nnunet_dp.ball_morphology import opened
+from nnunet_dp.ball_morphology import components, opened
 from nnunet_dp.charges import MORPHOLOGY, of_purpose
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.ledger import Ledger
@@ -65,11 +65,16 @@ class Question:
         name: in the file and in the log.
         operation: what would be done to a prediction; patients are asked about it without its guard ``least_kept``.
         least_dice: between a reference class before and after the operation, to count as left as it is.
+        shaved_mm: radius of the opening whose largest piece is the class's core.
+        least_core: between a reference class and its core. What falls apart where a voxel is shaved off falls apart in
+            a prediction too, and its largest piece is not what to keep.
     """
 
     name: str
     operation: Operation
     least_dice: float
+    shaved_mm: float = 0.0
+    least_core: float = 0.0
 
 
 def questions(spacing_mm: Sequence[float]) -> tuple[Question, ...]:
@@ -78,10 +83,11 @@ def questions(spacing_mm: Sequence[float]) -> tuple[Question, ...]:
     Args:
         spacing_mm: of the configuration's plans; the radius is its smallest edge.
     """
+    edge = min(spacing_mm)
     return (
-        Question("keep_largest", KeepLargest(least_kept=0.3), 0.98),
+        Question("keep_largest", KeepLargest(least_kept=0.3), 0.98, edge, 0.8),
         Question("fill_holes", FillHoles(), 0.98),
-        Question("opening", Opening(radius_mm=min(spacing_mm), least_kept=0.9), 0.95),
+        Question("opening", Opening(radius_mm=edge, least_kept=0.9), 0.95, edge, 0.95),
     )
 
 
@@ -160,19 +166,20 @@ class Ballot:
     def _left_alone(
         self, question: Question, rule: ClassRefinement, segmentation: np.ndarray, spacing_mm: Sequence[float]
     ) -> bool:
-        before = np.isin(segmentation, rule.labels)
+        axes = image_axes(segmentation.shape)
+        before = np.isin(segmentation, rule.labels).reshape([segmentation.shape[axis] for axis in axes])
+        step = [float(spacing_mm[axis]) for axis in axes]
+        if question.least_core and not _alike(before, _core(before, question.shaved_mm, step), question.least_core):
+            return False
+        if isinstance(question.operation, Opening):  # refine would not let it empty a class
+            return _alike(before, opened(before, question.operation.radius_mm or 0.0, step), question.least_dice)
         after = self._after(question.operation, rule, segmentation, spacing_mm)
-        return bool(2 * np.count_nonzero(before & after) >= question.least_dice * (before.sum() + after.sum()))
+        return _alike(before, after.reshape(before.shape), question.least_dice)
 
     def _after(
         self, operation: Operation, rule: ClassRefinement, segmentation: np.ndarray, spacing_mm: Sequence[float]
     ) -> np.ndarray:
-        """The class in a reference mask after the operation, without the guards that spare a prediction."""
-        if isinstance(operation, Opening):  # refine would not let it empty a class
-            axes = image_axes(segmentation.shape)
-            mask = np.isin(segmentation, rule.labels).reshape([segmentation.shape[axis] for axis in axes])
-            step = [float(spacing_mm[axis]) for axis in axes]
-            return opened(mask, operation.radius_mm or 0.0, step).reshape(segmentation.shape)
+        """The class in a reference mask after the operation, without the guard that spares a prediction."""
         asked = operation.model_copy(update={"least_kept": 0.0}) if isinstance(operation, KeepLargest) else operation
         rules = self.rules([(asked,) if other == rule else () for other in self.classes], "fixed")
         return np.isin(refine(segmentation, rules, spacing_mm), rule.labels)
@@ -187,6 +194,17 @@ class Ballot:
             provenance=provenance,
         )
         return known.with_operations(operations)
+
+
+def _alike(one: np.ndarray, other: np.ndarray, least_dice: float) -> bool:
+    return bool(2 * np.count_nonzero(one & other) >= least_dice * (one.sum() + other.sum()))
+
+
+def _core(mask: np.ndarray, shaved_mm: float, step: Sequence[float]) -> np.ndarray:
+    """The largest piece of what an opening leaves; nothing where it leaves nothing."""
+    left = opened(mask, shaved_mm, step)
+    labels, volumes = components(left)
+    return labels == 1 + volumes.argmax() if len(volumes) else left
 
 
 @dataclass(frozen=True)

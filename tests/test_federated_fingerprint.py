@@ -249,7 +249,7 @@ def test_too_few_patients_are_refused_before_anybody_is_asked(tmp_path):
 def test_plans_follow_what_the_patients_have_and_a_broken_survey_goes_on_with_its_run(tmp_path):
     ballot = ballot_for(DATASET)
     one = {f"spacing_{axis}": edge for axis, edge in enumerate((3.0, 0.8, 0.8))} | {"relative_size": 1.0}
-    one |= {f"size_{axis}": size for axis, size in enumerate((120.0, 320.0, 320.0))}
+    one |= {f"size_{axis}": size for axis, size in enumerate((40.0, 400.0, 400.0))}
     votes = 200 * ballot.votes([one]) + np.random.default_rng(0).normal(0, 5, ballot.size)
     runs = []
 
@@ -272,7 +272,7 @@ def test_plans_follow_what_the_patients_have_and_a_broken_survey_goes_on_with_it
     assert runs == [run, run] and found.public and "epsilon 2.1 by itself" in found.source
     whole = found.plans["configurations"]["3d_fullres"]
     assert whole["spacing"] == pytest.approx([3.0, 0.8, 0.8], rel=0.06) and len(set(whole["spacing"])) == 2
-    assert whole["median_image_size_in_voxels"] == pytest.approx([40, 400, 400], rel=0.12)
+    assert whole["median_image_size_in_voxels"] == [40, 400, 400]
     assert plans_by_survey(tmp_path, Sites(2, 200), *given).run == run and len(runs) == 2
 
 

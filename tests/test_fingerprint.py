@@ -32,7 +32,7 @@ BUDGET = PrivacyBudget(epsilon=8.0, delta=1e-4)
 
 def case(**changes):
     usual = {f"spacing_{axis}": (3.0, 0.75, 0.75)[axis] for axis in range(3)}
-    usual |= {f"size_{axis}": (120.0, 300.0, 400.0)[axis] for axis in range(3)}
+    usual |= {f"size_{axis}": (40.0, 400.0, 512.0)[axis] for axis in range(3)}
     window = {"low_1": -120.0, "high_1": 300.0, "mean_1": 75.0, "deviation_1": 60.0}
     return usual | {"relative_size": 1.0} | window | changes
 
@@ -82,7 +82,7 @@ def test_the_price_is_the_share_of_the_budget():
 
 def _spread(generator, patients=200):
     """Patients whose images differ by a quarter, and the medians of what they hold."""
-    usual = enumerate((120, 300, 400))
+    usual = enumerate((40, 400, 512))
     factors = {f"size_{axis}": size * np.exp(generator.normal(0, 0.25, patients)) for axis, size in usual}
     values = [case(**{name: sizes[patient] for name, sizes in factors.items()}) for patient in range(patients)]
     return values, {name: float(np.median([one[name] for one in values])) for name in NAMES}
@@ -97,10 +97,29 @@ def test_medians_are_found_within_a_step_of_the_grid(noise_multiplier):
     found = estimates(BALLOT, votes + generator.normal(0, 1, votes.shape) * deviation, 200, deviation)
     for statistic in BALLOT.statistics:
         value, wanted = found[statistic.name].quantile(0.5), medians[statistic.name]
-        near = abs(math.log(value / wanted)) < 0.15 if statistic.logarithmic else abs(value - wanted) <= 60
+        relative = statistic.logarithmic or statistic.name.startswith("size")
+        near = abs(math.log(value / wanted)) < 0.15 if relative else abs(value - wanted) <= 60
         assert near or statistic.name == "relative_size", (statistic.name, value, wanted)
     assert found["relative_size"].shares[1] > 0.5
     assert found["spacing_1"].quantile(0.5) == found["spacing_2"].quantile(0.5)  # equal axes stay equal
+
+
+@pytest.mark.parametrize("length", [12, 40, 48, 64, 96, 256, 320, 512, 1024])
+@pytest.mark.parametrize("deviation", [1.0, 5.0])
+def test_a_matrix_that_all_scans_have_is_planned_as_it_is(length, deviation):
+    """A voxel too many, and nnU-Net rounds the patch up by a whole step."""
+    noise = np.random.default_rng(length).normal(0, deviation, BALLOT.size)
+    found = estimates(BALLOT, 160 * BALLOT.votes([case(size_0=float(length))]) + noise, 160, deviation)
+    assert {shape[0] for shape in as_nnunet(found, 3, 2)["shapes_after_crop"][5:16]} == {length}
+
+
+@pytest.mark.parametrize("deviation", [1.0, 5.0])
+def test_sizes_that_all_differ_are_not_drawn_to_a_matrix(deviation):
+    rng = np.random.default_rng(3)
+    lengths = np.round(rng.normal(50, 6, 400))
+    votes = sum(BALLOT.votes([case(size_0=length)]) for length in lengths) + rng.normal(0, deviation, BALLOT.size)
+    shapes = as_nnunet(estimates(BALLOT, votes, 400, deviation), 3, 2)["shapes_after_crop"]
+    assert np.median([shape[0] for shape in shapes]) == pytest.approx(np.median(lengths), abs=2)
 
 
 @pytest.mark.parametrize("edge", [0.5, 0.75, 0.8, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 8.0])
@@ -134,7 +153,7 @@ def test_what_nnunet_reads_holds_the_medians_and_no_case():
     values, medians = _spread(np.random.default_rng(1))
     told = as_nnunet(estimates(BALLOT, sum(BALLOT.votes([one]) for one in values), 200, 0.0), 3, 2)
     assert len(told["spacings"]) == len(told["shapes_after_crop"]) == 21
-    sizes = np.median(np.multiply(told["spacings"], told["shapes_after_crop"]), axis=0)
+    sizes = np.median(told["shapes_after_crop"], axis=0)
     assert np.allclose(np.log(sizes), np.log([medians[f"size_{axis}"] for axis in range(3)]), atol=0.12)
     assert told["median_relative_size_after_cropping"] == 1.0
     window = told["foreground_intensity_properties_per_channel"]["1"]

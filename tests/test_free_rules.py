@@ -113,10 +113,7 @@ def of_kind(kind: str) -> dict:
 
 
 PLAIN = sorted(name for name, kind in KINDS.items() if kind.regions_class_order is None)
-THIN = pytest.mark.xfail(strict=True, reason="an opening, then the largest component: docs/dp_morph.md, 'Thin layers'")
-
-
-@pytest.mark.parametrize("kind", [pytest.param(name, marks=THIN) if name == "layers" else name for name in PLAIN])
+@pytest.mark.parametrize("kind", PLAIN)
 def test_phantoms_give_the_same_rules_every_time_and_leave_phantoms_nearly_as_they_are(kind, monkeypatch):
     monkeypatch.setattr(free_rules, "PHANTOMS", 6)
     found = from_phantom(kind, of_kind(kind))
