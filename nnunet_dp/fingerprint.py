@@ -14,7 +14,7 @@ grid, the votes are added and released once, with Gaussian noise, and quantiles 
 (7.0, 7.0)
 >>> found = estimates(ballot, votes=100 * one, patients=100, deviation=1.0)
 >>> [round(found[name].quantile(0.5), 2) for name in ("spacing_1", "size_1")]
-[1.0, 50.12]
+[1.0, 50.0]
 
 Sites of a federated run release each their own; the sum of their votes is the federation's.
 
@@ -82,7 +82,8 @@ class Statistic:
         logarithmic: whether steps of the grid are factors.
         exact: whether estimates are points of the grid; else they are interpolated.
         single: whether only the points around the loudest count: distributions whose tails are read.
-        downwards: whether a value between two points votes for the lower one, not for the nearest.
+        downwards: whether a value between two points votes for the lower one, not for the nearest; a point that most
+            patients have is then read as it is.
         widths: numbers of neighbouring points that are heard together.
     """
 
@@ -104,7 +105,7 @@ class Statistic:
         return votes
 
     def value_at(self, place: float) -> float:
-        """The value at a place on the grid, of which point i takes [i, i + 1]."""
+        """The value at a place on the grid, of which point i takes [i, i + 1], upwards from it or around it."""
         if self.exact:
             return self.grid[min(int(place), len(self.grid) - 1)]
         positions = np.arange(len(self.grid)) + (0.0 if self.downwards else 0.5)
@@ -306,7 +307,7 @@ def as_nnunet(found: Mapping[str, Estimate], dimensions: int, channels: int) -> 
         for level in levels
     ]
     shapes = [
-        [1 if picture and axis == 0 else int(found[f"size_{axis}"].quantile(level) + 1e-6) for axis in range(3)]
+        [1 if picture and axis == 0 else int(found[f"size_{axis}"].quantile(level)) for axis in range(3)]
         for level in levels
     ]
     relative = found["relative_size"].shares
