@@ -276,11 +276,11 @@ def sentence(card: Card) -> str:
 def upwards(epsilon: float) -> str:
     """Four digits that promise no more than the number itself.
 
-    >>> upwards(7.96111), upwards(0.5)
-    ('7.962', '0.5')
+    >>> upwards(7.96111), upwards(0.5), upwards(5e-324)
+    ('7.962', '0.5', '1e-300')
     """
-    unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
-    return f"{math.ceil(epsilon / unit - 1e-9) * unit:.4g}"
+    unit = 10.0 ** max(math.floor(math.log10(epsilon)) - 3, -300)  # a forged card may say any positive number
+    return f"{max(math.ceil(epsilon / unit - 1e-9), 1) * unit:.4g}"
 
 
 # ---- counting again ----------------------------------------------------------------------------------------------

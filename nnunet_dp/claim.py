@@ -11,7 +11,6 @@ Formal guarantee:
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from nnunet_dp.figures import figures_of
 from nnunet_dp.ledger import read_ledger
 from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology, read_morphology
-from nnunet_dp.plans import configuration_plan, read_section
+from nnunet_dp.plans import configuration_plan, read_plans, read_section
 from nnunet_dp.released_model import PLANS
 from nnunet_dp.run import LEDGER
 from nnunet_dp.sections import ConfigurationPlan, PrivacySection, covered, not_covered
@@ -99,7 +98,7 @@ def ledger_claim(model: Path, folds: Sequence[str]) -> Claim:
         Refusal: for unfinished folds, and a ledger that is missing or does not agree.
     """
     told = [read_status(model / f"fold_{fold}") for fold in folds]
-    plans, configuration = json.loads((model / PLANS).read_text()), model.name.split("__")[2]
+    plans, configuration = read_plans(model / PLANS), model.name.split("__")[2]
     section = read_section(plans)
     assert section is not None  # read_status refuses
     for fold, status in zip(folds, told, strict=True):

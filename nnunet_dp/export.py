@@ -32,6 +32,7 @@ from nnunet_dp.archive import pack
 from nnunet_dp.card import Card, upwards
 from nnunet_dp.card_page import Described, predict_command, rendered
 from nnunet_dp.claim import Claim, ledger_claim
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.summary import FEDERATED
 from nnunet_dp.inference_plans import (
@@ -43,6 +44,7 @@ from nnunet_dp.inference_plans import (
 )
 from nnunet_dp.morphology import FILE as RULES
 from nnunet_dp.morphology import Morphology, read_morphology
+from nnunet_dp.plans import read_plans
 from nnunet_dp.released_model import (
     DESCRIPTION,
     MANIFEST,
@@ -177,7 +179,7 @@ def card_files(model: Path, folds: Sequence[str] = ()) -> tuple[Card, dict[str, 
     for fold in chosen:
         weights |= _weights(model / f"fold_{fold}", fold, trainer, *claim.counts[fold])
     name = f"{trainer}__{_plans_name(model)}_{weights_digest(weights)}__{_configuration(model)}"
-    description = reduced_description(json.loads((model / DESCRIPTION).read_text()))
+    description = reduced_description(read_description(model / DESCRIPTION))
     card = claim.card()
     return card, _card(card, model.parent.name, name, description.content)
 
@@ -259,14 +261,14 @@ def _weights(folder: Path, fold: str, trainer: str, charges: int, steps: int) ->
 def _description(model: Path, card: Card, name: str, dataset: str) -> dict[str, bytes]:
     from nnunet_dp.nnunet_inference import resolved_configuration
 
-    plans, configuration = json.loads((model / PLANS).read_text()), _configuration(model)
+    plans, configuration = read_plans(model / PLANS), _configuration(model)
     resolved = resolved_configuration(plans, configuration)
     if CT in resolved["normalization_schemes"] and RAW_FINGERPRINT in card.not_covered:
         raise Refusal(
             f"the plans hold intensity statistics of the raw images ({CT}), which prediction needs and no charge "
             "covers: make plans with `nnunet-dp fingerprint` (noised, or public ones), plan and train on them"
         )
-    description = json.loads((model / DESCRIPTION).read_text())
+    description = read_description(model / DESCRIPTION)
     return {
         PLANS: reduced_plans(plans, configuration, resolved, name, dataset).content,
         DESCRIPTION: reduced_description(description).content,

@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,10 +83,11 @@ def dataset_cases(folder: Path) -> list[str]:
     """
     ending = read_description(folder / "dataset.json")["file_ending"]
     references = folder / "gt_segmentations"
-    names = [file.name for file in references.glob(f"*{ending}")] if references.is_dir() else []
+    files = os.listdir(references) if references.is_dir() else []
+    names = sorted(name.removesuffix(ending) for name in files if name.endswith(ending))
     if not names:
         raise UsageRefusal(f"{folder.name} holds no gt_segmentations: run `nnUNetv2_plan_and_preprocess` first")
-    return sorted(name[: -len(ending)] for name in names)
+    return names
 
 
 def find_patients(folder: Path, file: Path | None = None, column: str | None = None, replace: bool = False) -> Patients:
@@ -362,12 +366,26 @@ def file_sha256(file: Path | str) -> str:
 def refuse_missing(dataset_class: Any, folder: Path, cases: Iterable[str]) -> None:
     """Refuse a fold whose training and validation cases were not all preprocessed for this configuration.
 
+    nnU-Net unpacks archives (its older ``.npz``) before anything else reads them: a torn one counts as missing.
+
     Raises:
         Refusal: saying how many are missing; their names are private.
     """
     missing = set(cases) - set(dataset_class.get_identifiers(str(folder)))
     if missing:
         raise Refusal(f"{len(missing)} cases of this fold are not in {folder.name}: run nnUNetv2_preprocess for it")
+    packed = [file for file in folder.glob("*.npz") if not file.with_suffix(".npy").is_file()]
+    torn = len(packed) - sum(map(_can_be_unpacked, packed))
+    if torn:
+        raise Refusal(f"{torn} of the .npz files in {folder.name} are cut short or damaged: run nnUNetv2_preprocess")
+
+
+def _can_be_unpacked(archive: Path) -> bool:
+    try:
+        with zipfile.ZipFile(archive) as opened:
+            return opened.testzip() is None
+    except (zipfile.BadZipFile, zlib.error, EOFError):
+        return False
 
 
 def data_digest(folder: Path, slots: Mapping[str, tuple[str, ...]], plan: ConfigurationPlan) -> str:

@@ -10,6 +10,7 @@ a case                                          what becomes of the training
 whose files are missing, damaged or shapeless   refused
 with a voxel that is NaN or infinite            refused: its gradient would be nothing
 with a label that dataset.json does not know    refused
+whose raw image is torn                         refused: nnU-Net has read zeros instead
 whose reference segmentation cannot be read     refused: the validation reads it
 without foreground                              trained on: a healthy patient
 all of them without foreground                  refused: nothing could be learnt
@@ -39,12 +40,14 @@ from nnunet_dp.description import known_labels
 from nnunet_dp.errors import Refusal
 from nnunet_dp.nnunet_files import SegmentationFiles
 from nnunet_dp.plans import json_sha256, read_json, write_json
+from nnunet_dp.torn_images import refuse_torn
 from nnunet_dp.workers import Progress, in_order
 
 KEPT = "nnunet_dp_cases_read"  # a folder beside the configurations': inside them nnU-Net knows only its own files
 UNREADABLE, NOT_NUMBERS = "cannot be read", "hold voxels that are no numbers"
 UNKNOWN_LABELS, OTHER_CHANNELS = "hold labels that dataset.json does not know", "have other channels than dataset.json"
 BAD_REFERENCE = "have a reference in gt_segmentations that cannot be read"
+TORN_IMAGE = "have a raw image that is cut short or damaged, which nnU-Net reads without a word"
 _OUTSIDE = -1  # nnU-Net's label outside the non-zero region
 _NAMED_AT_MOST = 10
 _MANY = 20  # cases, from which on several processes read
@@ -78,6 +81,13 @@ class CaseReader:
         """What was read and found sound, until one of its files changes."""
         return self.references.parent / KEPT / f"{self.folder.name}.json"
 
+    def raw_images(self, case: str) -> list[Path]:
+        """The images that were preprocessed, where the raw dataset is at hand."""
+        base = os.environ.get("nnUNet_raw")
+        folder = Path(base or ".") / self.references.parent.name / "imagesTr"
+        named = (folder / f"{case}_{channel:04d}{self.ending}" for channel in range(count_channels(self.dataset_json)))
+        return [file for file in named if base and os.access(file, os.R_OK)]
+
     def fault(self, case: str) -> str | None:
         """What is wrong with one case; ``""`` for none and foreground, None for none and no foreground."""
         try:
@@ -98,6 +108,11 @@ class CaseReader:
             SegmentationFiles(self.dataset_json, self.plans).read(self.references / f"{case}{self.ending}")
         except Exception:
             return BAD_REFERENCE
+        try:
+            for image in self.raw_images(case):
+                refuse_torn(image)
+        except (Refusal, OSError):
+            return TORN_IMAGE
         return "" if (labels > 0).any() else None
 
 
@@ -166,10 +181,17 @@ def _files(reader: CaseReader, cases: Iterable[str]) -> dict[str, str]:
             for entry in entries:
                 stem = entry.name.removesuffix(reader.ending) if folder is reader.references else _stem(entry.name)
                 if stem in by_case:
-                    stat = entry.stat()
-                    by_case[stem].append((entry.name, stat.st_size, stat.st_mtime_ns))
+                    by_case[stem].append(_as_it_is(entry))
+    for case, found in by_case.items():
+        found += map(_as_it_is, reader.raw_images(case))
     expected = [sorted(known_labels(reader.dataset_json)), reader.dataset_class.__name__]
     return {case: json_sha256([sorted(found), expected]) for case, found in by_case.items()}
+
+
+def _as_it_is(file: os.DirEntry[str] | Path) -> tuple[str, int, int]:
+    """What changes when a file is written."""
+    stat = file.stat()
+    return file.name, stat.st_size, stat.st_mtime_ns
 
 
 def _stem(name: str) -> str:

@@ -34,6 +34,7 @@ from nnunet_dp.patients import Patients
 from nnunet_dp.plans import read_json, read_section
 from nnunet_dp.run import LEDGER, RunFolder
 from nnunet_dp.sections import PrivacySection
+from nnunet_dp.torn_images import refuse_torn
 
 CHECKPOINTS = 3  # on disk at once: the finished one, the newest and the one that replaces it
 BYTES_PER_CHARGE = 1024  # a line is some 700 bytes long, and lies in two places
@@ -232,6 +233,8 @@ class DatasetCheckup:
 def _readable(reader: Any, files: CaseFiles, description: dict[str, Any]) -> bool:
     """Whether nnU-Net's reader reads image and labels, and they fit."""
     try:
+        for file in (*files.images, files.labels):
+            refuse_torn(file)
         image, _ = reader.read_images([str(file) for file in files.images])
         labels, _ = reader.read_seg(str(files.labels))
     except Exception:  # whatever a reader raises; its message names the file

@@ -24,6 +24,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp.accounting import LARGEST_EPSILON, PrivacyBudget, default_delta
 from nnunet_dp.charges import FINGERPRINT, epsilon_of
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.raw_dataset import nnunet_folder, raw_folder, read_raw
 from nnunet_dp.fingerprint import (
@@ -42,7 +43,7 @@ from nnunet_dp.ledger import Ledger, read_ledger, refuse_other_units
 from nnunet_dp.nnunet_fingerprint import ballot_for, measure
 from nnunet_dp.nnunet_public_plans import channel_names, described_facts, plans_from_phantoms
 from nnunet_dp.patients import Patients
-from nnunet_dp.plans import json_sha256, read_section, write_json
+from nnunet_dp.plans import json_sha256, read_json, read_section, write_json
 from nnunet_dp.report import CASE_NOTE
 from nnunet_dp.run import LEDGER, RunFolder
 from nnunet_dp.sections import FingerprintPlan
@@ -141,7 +142,7 @@ def fingerprint_dataset(
     raw = raw_folder(asked.dataset)
     patients = read_raw(raw, asked.patients_file, asked.patient_column).patients
     budget = asked.budget(patients)
-    description = json.loads((raw / "dataset.json").read_text())
+    description = read_description(raw / "dataset.json")
     ballot = ballot_for(description)
     reason = _drowned(ballot, budget, asked.share, patients.number)
     if reason is not None:
@@ -189,8 +190,8 @@ def _known(folder: Path, numbers: Mapping[str, Any], overwrite: bool) -> dict[st
     file = folder / FILE
     if not file.is_file():
         return None
-    found = json.loads(file.read_text()).get(SECTION)
-    if found is not None and {key: found.get(key) for key in numbers} == dict(numbers):
+    found = _read(file).get(SECTION)
+    if isinstance(found, dict) and {key: found.get(key) for key in numbers} == dict(numbers):
         return found
     if overwrite:
         return None
@@ -270,7 +271,7 @@ def from_phantoms(
         UsageRefusal: where no kind resembles the dataset, and for other plans of that name.
     """
     raw = raw_folder(dataset)
-    description = json.loads((raw / "dataset.json").read_text())
+    description = read_description(raw / "dataset.json")
     found = plans_from_phantoms(description, kind, shape=shape)
     return _keep_public(raw.name, dataset, found.plans, found.source, reason, overwrite)
 
@@ -296,14 +297,14 @@ def _keep_public(
     folder.mkdir(parents=True, exist_ok=True)
     content = _renamed(plans, name)
     file, record = folder / f"{PUBLIC_PLANS}.json", {"sha256": json_sha256(content), "source": source}
-    changed = not file.is_file() or json.loads(file.read_text()) != content
+    changed = not file.is_file() or read_json(file) != content
     if changed and file.is_file() and not overwrite:
         raise UsageRefusal(f"{folder.name} has other plans {PUBLIC_PLANS}: give --overwrite to replace them")
     write_json(content, file)
     write_json(record, folder / PUBLIC_RECORD)
     description = nnunet_folder("raw") / name / "dataset.json"
     if not (folder / "dataset.json").is_file():
-        write_json(json.loads(description.read_text()), folder / "dataset.json")
+        write_json(read_json(description), folder / "dataset.json")
     how = "drowned" if reason else "public"
     return Made(
         how, file, changed, 0.0, None, "", None, reason or f"from {source}: they cost nothing",
@@ -346,22 +347,39 @@ def provenance_of(folder: Path, plans: Mapping[str, Any]) -> Provenance:
 
     Raises:
         LedgerError: where the private fingerprint's charges are missing.
+        Refusal: for a private fingerprint, or plans beside it, that cannot be understood.
     """
     record = folder / PUBLIC_RECORD
     if record.is_file():
-        told = json.loads(record.read_text())
-        if told["sha256"] == json_sha256(dict(plans)):
+        told = _read(record)
+        if told.get("sha256") == json_sha256(dict(plans)) and isinstance(told.get("source"), str):
             return Provenance(public=told["source"])
     file = folder / FILE
-    content = json.loads(file.read_text()) if file.is_file() else {}
+    content = _read(file) if file.is_file() else {}
     section = content.get(SECTION)
-    if section is None or read_section(dict(plans)) is not None or not follows(plans, content):
+    if section is None or read_section(dict(plans)) is not None:
+        return Provenance()
+    try:
+        followed = follows(plans, content)
+        expected = FingerprintPlan(run=section["run"], noise_multiplier=section["noise_multiplier"])
+    except (LookupError, TypeError, ValueError, AttributeError):
+        raise Refusal(
+            f"{FILE} in {folder.name} should be what `nnunet-dp fingerprint` wrote, and the plans what nnU-Net makes "
+            "of it, found something else: put both back from a backup"
+        ) from None
+    if not followed:
         return Provenance()
     charged = read_ledger(folder / LEDGER) if (folder / LEDGER).is_file() else ()
-    plan = FingerprintPlan.of(section["run"], charged)
-    expected = FingerprintPlan(run=section["run"], noise_multiplier=section["noise_multiplier"])
+    plan = FingerprintPlan.of(expected.run, charged)
     expected.refuse_unpaid(charged)
     return Provenance(fingerprint=plan)
+
+
+def _read(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise UsageRefusal(f"{file} should hold an object, found something else: put it back from a backup")
+    return content
 
 
 def follows(plans: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> bool:

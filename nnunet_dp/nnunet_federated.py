@@ -41,7 +41,15 @@ from nnunet_dp.nnunet_public_plans import PublicPlans, default_configuration, pl
 from nnunet_dp.nnunet_start import Say, ensure_start, planned_network
 from nnunet_dp.phantoms.matching import matching_kinds, resemble
 from nnunet_dp.planning import TRAINING_SHARE, learning_rate, plan_configuration, signal_to_noise
-from nnunet_dp.plans import SECTION, json_sha256, read_section, shrunk_architecture, with_section, write_json
+from nnunet_dp.plans import (
+    SECTION,
+    json_sha256,
+    read_plans,
+    read_section,
+    shrunk_architecture,
+    with_section,
+    write_json,
+)
 from nnunet_dp.run import FINAL, write_checkpoint
 from nnunet_dp.sections import ByHand, ConfigurationPlan, PrivacySection, PublicStart
 from nnunet_dp.workers import Progress
@@ -70,7 +78,7 @@ def named_plans(dataset: str, name: str = "nnUNetPlans") -> PublicPlans:
     if not file.is_file():
         found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
         raise UsageRefusal(f"{folder.name} has no plans {name}; found: {found}. Run nnUNetv2_plan_and_preprocess")
-    plans = json.loads(file.read_text())
+    plans = read_plans(file)
     if read_section(plans) is not None:
         raise UsageRefusal(f"{name} are one dataset's private plans: name the plans they were made from")
     return PublicPlans(plans, f"{name} of {folder.name}", False)

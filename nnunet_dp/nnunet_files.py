@@ -13,6 +13,7 @@ from nnunetv2.imageio.reader_writer_registry import (
 )
 
 from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.torn_images import refuse_torn
 
 
 def as_labels(segmentation: np.ndarray) -> np.ndarray:
@@ -45,7 +46,12 @@ class SegmentationFiles:
         self._io = (found or determine_reader_writer_from_dataset_json(dict(dataset_json), verbose=False))()
 
     def read(self, file: Path) -> tuple[np.ndarray, tuple[float, ...], dict[str, Any]]:
-        """Labels [*spatial], spacing in millimetres and what ``write`` needs to know."""
+        """Labels [*spatial], spacing in millimetres and what ``write`` needs to know.
+
+        Raises:
+            UsageRefusal: for a torn file, and for values that are no labels.
+        """
+        refuse_torn(file)
         segmentation, properties = self._io.read_seg(str(file))
         return as_labels(segmentation[0]), tuple(float(edge) for edge in properties["spacing"]), properties
 

@@ -29,6 +29,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from nnunet_dp.fingerprint import Ballot, Estimate, Values, as_nnunet, statistics_for
 from nnunet_dp.nnunet_public_plans import channel_names, described_facts, nnunet_folders_in
 from nnunet_dp.plans import write_json
+from nnunet_dp.torn_images import refuse_torn
 from nnunet_dp.workers import Progress, in_order
 
 _DATASET = "Dataset999_Fingerprint"
@@ -68,6 +69,8 @@ def measure(raw: Path, processes: int = 1, progress: Progress | None = None) -> 
 
 def _measure_one(dataset_json: dict[str, Any], windows: tuple[int, ...], picture: bool, case: Case) -> Values:
     images, labels = case
+    for file in (*images, labels):
+        refuse_torn(Path(file))
     reader = determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
     shape, spacing, intensities, stats, relative = DatasetFingerprintExtractor.analyze_case(
         images, labels, reader, _VOXELS

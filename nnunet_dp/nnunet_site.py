@@ -47,6 +47,7 @@ from nnunet_dp.plans import read_section, without_patients_digest, write_json
 from nnunet_dp.run import LEDGER
 from nnunet_dp.sections import ConfigurationPlan, FingerprintPlan
 from nnunet_dp.splits import fold_slots
+from nnunet_dp.torn_images import refuse_torn
 from nnunet_dp.unusable import EmptyWhereUnusable, target_shapes
 from nnunet_dp.workers import in_order
 
@@ -109,6 +110,8 @@ def _preprocess_one(
     manager = PlansManager(plans)
     configured = manager.get_configuration(configuration)
     name, images, labels = case
+    for file in (*images, labels):
+        refuse_torn(Path(file))
     preprocessor = configured.preprocessor_class(verbose=False)
     preprocessor.run_case_save(str(output / name), images, labels, manager, configured, dataset_json)
 

@@ -147,11 +147,27 @@ def read_json(file: Path) -> Any:
         return json.loads(file.read_text())
     except OSError as error:
         raise UsageRefusal(f"{file} should be readable, found: {error.strerror or error}: put it back") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UsageRefusal(
             f"{file} should hold JSON, found something else: put it back from a backup, or let the command that wrote "
             "it write it again"
         ) from None
+
+
+def read_plans(file: Path) -> dict[str, Any]:
+    """A file of plans, private or not.
+
+    Raises:
+        UsageRefusal: when it cannot be read, is not JSON, or does not name its dataset and configurations.
+    """
+    plans = read_json(file)
+    expected = {"dataset_name": str, "configurations": dict}
+    if not isinstance(plans, dict) or not all(isinstance(plans.get(key), kind) for key, kind in expected.items()):
+        raise UsageRefusal(
+            f"{file} should be plans with {' and '.join(expected)}, found something else: put it back from a backup, "
+            "or plan again"
+        )
+    return plans
 
 
 def write_json(content: Any, file: Path) -> None:

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from nnunet_dp.errors import Refusal
-from nnunet_dp.plans import json_sha256, write_json
+from nnunet_dp.plans import json_sha256, read_json, write_json
 from nnunet_dp.randomisation import randomise
 from nnunet_dp.replacing import replacing
 from nnunet_dp.sections import PublicStart
@@ -238,9 +238,9 @@ def read_start(file: Path, facts: Mapping[str, Any]) -> tuple[dict[str, Tensor],
     """
     beside = file.with_suffix(".json")
     content = file.read_bytes()
-    provenance = json.loads(beside.read_text()) if beside.is_file() else {}
+    provenance = read_json(beside) if beside.is_file() else {}
     planned = json.loads(json.dumps(dict(facts)))
-    other = any(provenance.get(key) != value for key, value in planned.items())
+    other = not isinstance(provenance, dict) or any(provenance.get(key) != value for key, value in planned.items())
     if other or provenance.get("sha256") != hashlib.sha256(content).hexdigest():
         raise Refusal(
             f"{file.name} is not the public start that {beside.name} describes: delete both, and it is made again"

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import SimpleITK as sitk
 
 from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.torn_images import refuse_torn
 
 Labels = npt.NDArray[np.integer]
 Spacing = tuple[float, ...]
@@ -98,8 +99,9 @@ def read_segmentation(file: Path) -> tuple[Labels, Spacing]:
     """Read an image of integer labels, without its axes of one voxel, and the spacing of its axes in their order.
 
     Raises:
-        UsageRefusal: not an image, not of one channel, not 2D or 3D, or not of integers.
+        UsageRefusal: not an image, or a torn one, not of one channel, not 2D or 3D, or not of integers.
     """
+    refuse_torn(file)
     try:
         image = sitk.ReadImage(str(file))
     except RuntimeError:  # its message holds the file's name

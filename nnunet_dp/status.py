@@ -28,7 +28,7 @@ from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.site_store import released_without_guarantee
 from nnunet_dp.ledger import read_copy, read_ledger
 from nnunet_dp.morphology import FILE, read_morphology
-from nnunet_dp.plans import configuration_plan, read_section
+from nnunet_dp.plans import configuration_plan, read_plans, read_section
 from nnunet_dp.run import CARD, FINAL, LATEST, LEDGER, read_checkpoint
 from nnunet_dp.sections import PrivacySection, covered, not_covered
 
@@ -119,7 +119,7 @@ def read_status(folder: Path) -> Status:
             f"{folder.parent.name} was trained by {trainer}, without privacy: nothing is guaranteed, whatever its "
             "plans are called; train again with -tr nnUNetTrainerDP_AutoS"
         )
-    content = json.loads(plans.read_text())
+    content = read_plans(plans)
     section = read_section(content)
     if section is None and (folder.parent / "federated.json").is_file():
         raise UsageRefusal(f"{folder.parent.name} is a federated model: type `nnunet-dp fed status {folder.parent}`")

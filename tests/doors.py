@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from dp_accounting import GaussianDpEvent, NeighboringRelation, PoissonSampledDpEvent
 from dp_accounting.pld import PLDAccountant
@@ -62,6 +63,7 @@ class Workplace:
         nnunet: folder that holds the copy of nnunetv2.
         variables: further environment variables of every command.
         scripts: folder of the commands.
+        through: a program that starts each command.
     """
 
     root: Path
@@ -70,6 +72,7 @@ class Workplace:
     nnunet: Path
     variables: Mapping[str, str] = field(default_factory=dict)
     scripts: Path = Path(sysconfig.get_path("scripts"))
+    through: tuple[str, ...] = ()
 
     @property
     def number(self) -> str:
@@ -98,8 +101,9 @@ class Workplace:
 
     def run(self, program: str, *arguments: object, exit_code: int = 0, **variables: str) -> str:
         """Run one of the installed commands to its end; its console output."""
+        command = [*self.through, *_command(self.scripts / program, arguments)]
         done = subprocess.run(
-            _command(self.scripts / program, arguments), env=self.environment(**variables), cwd=self.root, text=True,
+            command, env=self.environment(**variables), cwd=self.root, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=LONGEST_SECONDS,
         )  # fmt: skip
         assert done.returncode == exit_code, f"exit code {done.returncode}\n{done.stdout[-6000:]}"
@@ -251,6 +255,28 @@ def lesion(base: Path) -> Workplace:
     write_dataset(place.raw.parent, "lesion", 10, 3, dataset_id=312, shape=(32, 32))
     place.preprocess()
     return place
+
+
+@functools.cache
+def hippocampus(base: Path) -> Workplace:
+    """3D, small, raw: six patients in NIfTI."""
+    from nnunet_dp.phantoms import write_dataset
+
+    place = _workplace(base / "small_hippocampus", "Dataset313_PhantomHippocampus", "3d_fullres")
+    task = write_dataset(place.root, "hippocampus", 6, 5, dataset_id=313, shape=(16, 20, 16))
+    place.run("nnUNetv2_convert_MSD_dataset", "-i", task, "-np", 1)
+    shutil.copy(task / "patients.csv", place.raw)
+    return place
+
+
+def bound_by_permissions(place: Workplace) -> Workplace:
+    """The same workplace for somebody who may not read and write everything; root without the capabilities for it."""
+    if os.geteuid():
+        return place
+    setpriv = shutil.which("setpriv")
+    if setpriv is None:
+        pytest.skip("root may read and write everything, and there is no setpriv")
+    return replace(place, through=(setpriv, "--bounding-set=-dac_override,-dac_read_search"))
 
 
 def unlinked_nnunet(folder: Path) -> Path:

@@ -7,12 +7,12 @@ one, are in ``test_nnunet_cases.py``.
 
 import fcntl
 import json
-import os
 import resource
 import shutil
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from doors import (
     LEDGER,
     Model,
     Workplace,
+    bound_by_permissions,
     chain_holds,
     edit_json,
+    hippocampus,
     lesion,
     linked,
     private_words,
+    unlinked_nnunet,
     wait_until,
 )
 
@@ -309,17 +312,82 @@ def test_a_case_that_breaks_after_the_first_charge_counts_as_nothing_and_no_erro
     assert "Traceback" not in said and not [word for word in private_words(place) if word in said]
 
 
+def test_a_link_into_a_read_only_nnunet_says_what_to_type_instead(place, tmp_path):
+    somebody = bound_by_permissions(replace(place, nnunet=unlinked_nnunet(tmp_path / "site")))
+    with with_mode(0o555, somebody.nnunet / "nnunetv2" / "training" / "nnUNetTrainer"):
+        said = somebody.run("nnunet-dp", "link", exit_code=1)
+    assert 'eval "$(nnunet-dp env)"' in said and "Traceback" not in said
+
+
 @slow
-def test_a_link_into_a_read_only_nnunet_says_what_to_type_instead(place):
-    if os.geteuid() == 0:
-        pytest.skip("root may write everywhere")
-    folder = place.nnunet / "nnunetv2" / "training" / "nnUNetTrainer"
-    folder.chmod(0o555)
+@pytest.mark.parametrize("folder, mode", [("nnUNetPlans_2d", 0), (".", 0o555)])
+def test_a_folder_without_permission_is_an_error_before_the_first_charge(folder, mode, place):
+    before = files_of(place)
+    with with_mode(mode, place.preprocessed / folder):
+        said = Model(bound_by_permissions(place), "nnUNetTrainerDP_AutoS", PRIVATE).train(exit_code=1)
+    assert "Permission denied" in said and "nnunet-dp doctor" in said and "Traceback" not in said
+    assert not place.charges() and files_of(place) == before
+
+
+@contextmanager
+def with_mode(mode: int, folder: Path) -> Iterator[None]:
+    """Other permissions, for a while."""
+    before = folder.stat().st_mode
+    folder.chmod(mode)
     try:
-        (folder / "nnunet_dp_link.py").unlink(missing_ok=True)
-        assert 'eval "$(nnunet-dp env)"' in place.run("nnunet-dp", "link", exit_code=1)
+        yield
     finally:
-        folder.chmod(0o755)
+        folder.chmod(before)
+
+
+# ---- torn images, which nnU-Net reads without a word -------------------------------------------------------------
+
+
+@pytest.fixture
+def volumes(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Workplace:
+    """A raw 3D dataset to spoil."""
+    return linked(hippocampus(tmp_path_factory.getbasetemp())).copied_to(tmp_path)
+
+
+def tear(folder: Path) -> None:
+    """Half of the first file is lost."""
+    file = sorted(folder.iterdir())[0]
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def test_a_fingerprint_of_torn_images_is_not_charged(volumes):
+    tear(volumes.raw / "imagesTr")
+    said = volumes.run("nnunet-dp", "fingerprint", "-d", 313, "--epsilon", 1000, "-np", 1, exit_code=1)
+    assert "nothing was charged" in said and "doctor -d 313 --cases" in said and "Traceback" not in said
+    assert not volumes.charges() and not [word for word in private_words(volumes) if word in said]
+    assert "no. 1" in volumes.run("nnunet-dp", "doctor", "-d", 313, "--cases", 100, exit_code=1)
+
+
+@slow
+def test_nnunet_preprocesses_a_torn_image_and_no_private_training_begins(volumes):
+    tear(volumes.raw / "imagesTr")
+    volumes.preprocess()
+    volumes.plan("--epsilon", 8, "--compute", "small")
+    before = files_of(volumes)
+    said = Model(volumes, "nnUNetTrainerDP_AutoS", PRIVATE, "all").train(exit_code=1)
+    assert "1 have a raw image that is cut short or damaged" in said and "(line 1)" in said and "Traceback" not in said
+    assert not volumes.charges() and files_of(volumes) == before
+    assert not [word for word in private_words(volumes) if word in said]
+
+
+@slow
+def test_a_torn_archive_of_an_older_nnunet_is_refused_before_it_is_unpacked(place):
+    for file in data(place):
+        seg = file.with_name(f"{file.stem}_seg.b2nd")
+        arrays = {"data": blosc2.open(str(file))[:], "seg": blosc2.open(str(seg))[:]}
+        np.savez_compressed(file.with_suffix(".npz"), **arrays)
+        file.unlink()
+        seg.unlink()
+    torn = sorted(file for file in (place.preprocessed / "nnUNetPlans_2d").glob("*.npz"))[0]
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    said = Model(place, "nnUNetTrainerDP_AutoS", PRIVATE).train(exit_code=1)
+    assert "1 of the .npz files" in said and "Traceback" not in said and not place.charges()
+    assert not [word for word in private_words(place) if word in said]
 
 
 def test_the_table_would_notice_a_charge(place):

@@ -168,7 +168,8 @@ def test_without_a_server_no_run_begins(tmp_path, capsys):
 
 
 def test_a_server_that_ended_does_not_count_as_running(tmp_path):
-    (tmp_path / deployment.SERVER).write_text(json.dumps({"process": {"pid": 2**22 - 1, "started": 1}}))
+    note = {"address": "127.0.0.1:9092", "authority": None, "process": {"pid": 2**22 - 1, "started": 1}}
+    (tmp_path / deployment.SERVER).write_text(json.dumps(note))
     assert not deployment.is_running(tmp_path)
 
 

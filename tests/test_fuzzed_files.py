@@ -16,28 +16,37 @@ from typing import Any
 
 import numpy as np
 import pytest
+from damage import damaged
+from federation import DATASET, terms
 from federation import config as run_config
-from federation import terms
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from released import BUDGET, PLAN
+from released import BUDGET, PLAN, plans
 
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal
-from nnunet_dp.federated.coordinator import RESULT
+from nnunet_dp.federated.coordinator import PROGRESS, RESULT
+from nnunet_dp.federated.deployment import SERVER, is_running
+from nnunet_dp.federated.flower_runs import APP, ENDED, at_work, ended, was_killed
 from nnunet_dp.federated.new_run import CONFIG
 from nnunet_dp.federated.run_config import read_config
 from nnunet_dp.federated.server_state import STATE, ServerState, digest, read_state, write_state
 from nnunet_dp.federated.site_settings import read_settings
-from nnunet_dp.federated.summary import read_summary
+from nnunet_dp.federated.summary import FEDERATED, read_summary, thresholds_of
 from nnunet_dp.federated.survey import read_survey
 from nnunet_dp.ledger import Ledger, TornLineWarning, read_copy, read_ledger
 from nnunet_dp.mechanisms import SubsampledGaussian
 from nnunet_dp.morphology import FillHoles, KeepLargest, classes_from, read_morphology
-from nnunet_dp.patients import read_patients
+from nnunet_dp.nnunet import known_splits
+from nnunet_dp.nnunet_dataset_fingerprint import FILE as FINGERPRINT
+from nnunet_dp.nnunet_dataset_fingerprint import PUBLIC_RECORD, provenance_of
+from nnunet_dp.patients import Patients, read_patients
 from nnunet_dp.plans import SECTION, read_section
-from nnunet_dp.run import read_checkpoint, write_checkpoint
+from nnunet_dp.public_start import read_start, write_start
+from nnunet_dp.run import LEDGER, read_checkpoint, write_checkpoint
 from nnunet_dp.sections import NOT_COVERED, PrivacySection
 
+PEOPLE = Patients("patient", "patient", {"a_1": "ann", "a_2": "ann", "b_1": "bob", "c_1": "cleo"})
 CASES = ("a_1", "a_2", "b_1", "c_1")
 
 
@@ -79,6 +88,51 @@ def _state(folder: Path) -> None:
     write_state(ServerState(digest(terms()), 2, weights, weights, {}, ""), folder)
 
 
+PROCESS = {"pid": 1, "started": 1}
+SPLITS = [{"train": ["a_1", "a_2", "b_1"], "val": ["c_1"]}]
+RECORD = {"sha256": "0" * 64, "source": "phantoms"}
+SPATIAL = {
+    "spacings": [[1.0, 1.0, 1.0]], "shapes_after_crop": [[1, 31, 33]],
+    "foreground_intensity_properties_per_channel": plans()["foreground_intensity_properties_per_channel"],
+}  # fmt: skip
+
+
+def _fingerprint(folder: Path) -> None:
+    """A private fingerprint, its charge, and another record beside it."""
+    ledger = Ledger(folder / LEDGER, "fingerprint/0a", "0a", unit="patient")
+    ledger.charge(SubsampledGaussian(4.0).charge("fingerprint", None))
+    section = {"run": "fingerprint/0a", "noise_multiplier": 4.0}
+    (folder / FINGERPRINT).write_text(json.dumps({**SPATIAL, "differential_privacy": section}))
+    (folder / PUBLIC_RECORD).write_text(json.dumps(RECORD))
+
+
+def _coordinated(folder: Path) -> None:
+    """What the processes of a coordinator leave for commands."""
+    server = {"address": "127.0.0.1:9092", "authority": None, "process": PROCESS}
+    (folder / SERVER).write_text(json.dumps(server))
+    (folder / APP).write_text(json.dumps({"run_id": "7", "process": PROCESS}))
+    (folder / ENDED).write_text(json.dumps({"exit_code": 0, "message": ""}))
+
+
+def _federated_model(folder: Path) -> None:
+    """A federated model whose run lies on this machine."""
+    model, run = folder / "model", folder / "federated_runs" / "a"
+    model.mkdir()
+    run.mkdir(parents=True)
+    _federated(run)
+    (run / RESULT).rename(model / FEDERATED)
+    row = {"round": 1, "sites": {"ann": {"bound": 0.5}}}
+    (run / PROGRESS).write_text(json.dumps(row) + "\n" + json.dumps({**row, "round": 2}) + "\n")
+
+
+def _federated_status(folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("nnUNet_results", str(folder))
+        told = read_summary(folder / "model")
+        told.lines()
+        thresholds_of(told)
+
+
 def _federated(folder: Path) -> None:
     (folder / CONFIG).write_text(run_config(folder).model_dump_json())
     site = {"name": "ann", "rounds": 2, "epsilon_spent": 1.5, "delta": 1e-5, "unit": "patient"}
@@ -114,6 +168,26 @@ FILES = {
         lambda folder: (folder / "survey.json").write_text(json.dumps(SURVEY)), "survey.json",
         lambda folder: read_survey(folder / "survey.json"),
     ),
+    "fingerprint": File(_fingerprint, FINGERPRINT, lambda folder: provenance_of(folder, plans())),
+    "public plans' record": File(_fingerprint, PUBLIC_RECORD, lambda folder: provenance_of(folder, plans())),
+    "splits": File(
+        lambda folder: (folder / "splits_final.json").write_text(json.dumps(SPLITS)), "splits_final.json",
+        lambda folder: known_splits(folder, PEOPLE),
+    ),
+    "dataset.json": File(
+        lambda folder: (folder / "dataset.json").write_text(json.dumps(DATASET)), "dataset.json",
+        lambda folder: read_description(folder / "dataset.json"),
+    ),
+    "public start's provenance": File(
+        lambda folder: write_start(folder / "start.pth", {}, {"kind": "phantoms"}), "start.json",
+        lambda folder: read_start(folder / "start.pth", {"kind": "phantoms"}),
+    ),
+    "server's note": File(_coordinated, SERVER, is_running),
+    "coordinator's note": File(_coordinated, APP, lambda folder: (was_killed(folder), at_work(folder))),
+    "coordinator's end": File(_coordinated, ENDED, ended),
+    "federated model's result": File(_federated_model, f"model/{FEDERATED}", _federated_status),
+    "its run's configuration": File(_federated_model, f"federated_runs/a/{CONFIG}", _federated_status),
+    "its run's progress": File(_federated_model, f"federated_runs/a/{PROGRESS}", _federated_status),
 }  # fmt: skip
 
 
@@ -124,60 +198,6 @@ def _plans(folder: Path) -> dict[str, Any]:
     except ValueError:
         return {}
     return content if isinstance(content, dict) else {}
-
-
-# ---- damage ------------------------------------------------------------------------------------------------------
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=5,
-)
-
-
-@st.composite
-def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """The file, cut, spliced, with other bytes in a place, in another encoding, or with another value in its JSON."""
-    how = draw(st.sampled_from(["cut", "splice", "bytes", "encoding", "value", "anything"]))
-    place = draw(st.integers(0, len(content)))
-    if how == "cut":
-        return content[:place]
-    if how == "splice":
-        return content[:place] + content[draw(st.integers(0, len(content))) :]
-    if how == "bytes":
-        return content[:place] + draw(st.binary(min_size=1, max_size=6)) + content[place + draw(st.integers(0, 6)) :]
-    if how == "encoding":
-        return content.decode(errors="replace").encode(draw(st.sampled_from(["utf-16", "utf-8-sig", "utf-32"])))
-    if how == "value":
-        return _with_another_value(draw, content)
-    return draw(st.binary(max_size=60) | st.text(max_size=30).map(str.encode) | VALUES.map(json.dumps).map(str.encode))
-
-
-def _with_another_value(draw: st.DrawFn, content: bytes) -> bytes:
-    """Some value of some line of JSON replaced, removed or renamed; other files are left as they are."""
-    lines = content.splitlines(keepends=True)
-    number = draw(st.integers(0, len(lines) - 1))
-    whole = len(lines) == 1 or not lines[0].rstrip().endswith(b"}")
-    try:
-        told = json.loads(content if whole else lines[number])
-    except ValueError:
-        return content
-    where = told
-    while isinstance(where, dict | list) and where:
-        keys = list(where) if isinstance(where, dict) else list(range(len(where)))
-        key = draw(st.sampled_from(keys))
-        if not isinstance(where[key], dict | list) or not where[key] or draw(st.booleans()):
-            change = draw(st.sampled_from(["value", "value", "remove", "add"]))
-            if change == "remove":
-                del where[key]
-            elif change == "add" and isinstance(where, dict):
-                where[draw(st.text(max_size=5))] = draw(VALUES)
-            else:
-                where[key] = draw(VALUES)
-            break
-        where = where[key]
-    mended = json.dumps(told).encode()
-    return mended if whole else b"".join([*lines[:number], mended + b"\n", *lines[number + 1 :]])
 
 
 @functools.cache
@@ -197,6 +217,7 @@ def test_a_damaged_file_is_read_or_refused_in_words(name, data):
     content = data.draw(damaged(_valid(name)))
     with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
         warnings.simplefilter("ignore", TornLineWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)  # numpy's, of medians of nothing
         kind.write(Path(place))
         (Path(place) / kind.name).write_bytes(content)
         try:

@@ -256,6 +256,24 @@ def test_cases_that_were_not_preprocessed_are_refused_by_their_number(data):
     assert "tube_7" not in str(caught.value)
 
 
+def test_archives_that_cannot_be_unpacked_are_refused_by_their_number(tmp_path):
+    """nnU-Net's older format: unpacking comes before anything else reads the cases."""
+
+    class Folder:
+        get_identifiers = staticmethod(lambda folder: ["tube_00", "tube_01"])
+
+    for name in Folder.get_identifiers(""):
+        np.savez_compressed(tmp_path / f"{name}.npz", data=np.ones((4, 5)))
+    nnunet.refuse_missing(Folder, tmp_path, ["tube_00"])
+    torn = tmp_path / "tube_01.npz"
+    torn.write_bytes(torn.read_bytes()[:60])
+    with pytest.raises(Refusal, match="cut short or damaged: run nnUNetv2_preprocess") as no:
+        nnunet.refuse_missing(Folder, tmp_path, ["tube_00"])
+    assert "1 of the .npz files" in str(no.value) and "tube" not in str(no.value)
+    np.save(tmp_path / "tube_01.npy", np.ones(3))  # unpacked before it was torn
+    nnunet.refuse_missing(Folder, tmp_path, ["tube_00"])
+
+
 def test_a_finished_checkpoint_holds_weights_and_neutral_values_only():
     weights = {"conv.weight": torch.ones(2)}
     content = nnunet.final_checkpoint(

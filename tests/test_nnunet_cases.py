@@ -18,6 +18,7 @@ from nnunet_dp.nnunet_cases import (
     BAD_REFERENCE,
     NOT_NUMBERS,
     OTHER_CHANNELS,
+    TORN_IMAGE,
     UNKNOWN_LABELS,
     UNREADABLE,
     CaseReader,
@@ -36,23 +37,30 @@ def write(file: Path, array: np.ndarray) -> None:
 
 
 @pytest.fixture
-def reader(tmp_path: Path) -> CaseReader:
-    folder, references = tmp_path / "nnUNetPlans_3d_fullres", tmp_path / "gt_segmentations"
-    folder.mkdir()
-    references.mkdir()
+def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CaseReader:
+    base, images = tmp_path / "Dataset001_A", tmp_path / "raw" / "Dataset001_A" / "imagesTr"
+    folder, references = base / "nnUNetPlans_3d_fullres", base / "gt_segmentations"
+    for made in (folder, references, images):
+        made.mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_raw", str(tmp_path / "raw"))
     labels = np.zeros((1, *SHAPE), np.int8)
     labels[0, 0, :3, 0] = -1, 1, 2
     for case in CASES:
         write(folder / f"{case}.b2nd", np.ones((1, *SHAPE), np.float32))
         write(folder / f"{case}_seg.b2nd", labels)
         (folder / f"{case}.pkl").write_bytes(pickle.dumps({"class_locations": {}}))
-        sitk.WriteImage(sitk.GetImageFromArray(np.zeros(SHAPE, np.uint8)), str(references / f"{case}.nii.gz"))
+        image = sitk.GetImageFromArray(np.zeros(SHAPE, np.uint8))
+        sitk.WriteImage(image, str(references / f"{case}.nii.gz"))
+        sitk.WriteImage(image, str(images / f"{case}_0000.nii.gz"))
     return CaseReader(nnUNetDatasetBlosc2, folder, references, DESCRIPTION, {"image_reader_writer": "SimpleITKIO"})
 
 
+def halve(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
 def truncated(reader: CaseReader) -> None:
-    file = reader.folder / "bert.b2nd"
-    file.write_bytes(file.read_bytes()[:50])
+    halve(reader.folder / "bert.b2nd")
 
 
 FAULTS: dict[str, tuple[Callable[[CaseReader], object], str]] = {
@@ -67,6 +75,8 @@ FAULTS: dict[str, tuple[Callable[[CaseReader], object], str]] = {
     "label -2": (lambda r: write(r.folder / "bert_seg.b2nd", np.full((1, *SHAPE), -2, np.int8)), UNKNOWN_LABELS),
     "two channels": (lambda r: write(r.folder / "bert.b2nd", np.ones((2, *SHAPE), np.float32)), OTHER_CHANNELS),
     "reference": (lambda r: (r.references / "bert.nii.gz").write_bytes(b"no image"), BAD_REFERENCE),
+    "torn reference": (lambda r: halve(r.references / "bert.nii.gz"), BAD_REFERENCE),
+    "torn raw image": (lambda r: halve(r.raw_images("bert")[0]), TORN_IMAGE),
 }
 
 
@@ -130,3 +140,16 @@ def test_the_kept_file_disturbs_neither_nnunet_nor_a_resumed_run(reader):
     assert reader.kept.is_file()
     assert infer_dataset_class(str(reader.folder)) is nnUNetDatasetBlosc2  # refuses files that it does not know
     assert sorted(nnUNetDatasetBlosc2.get_identifiers(str(reader.folder))) == sorted(CASES)
+
+
+def test_without_the_raw_dataset_what_was_preprocessed_is_enough(reader, monkeypatch):
+    halve(reader.raw_images("bert")[0])
+    monkeypatch.delenv("nnUNet_raw")
+    refuse_unusable(reader, CASES)
+
+
+def test_a_raw_image_that_changes_is_read_again(reader):
+    refuse_unusable(reader, CASES)
+    halve(reader.raw_images("bert")[0])
+    with pytest.raises(Refusal, match=TORN_IMAGE):
+        refuse_unusable(reader, CASES)

@@ -127,9 +127,15 @@ def test_spacing_may_differ_by_rounding(tmp_path):
 
 
 def test_a_file_that_is_no_image_is_refused_without_its_name(tmp_path):
-    file = tmp_path / "secret.nii.gz"
+    file = tmp_path / "secret.mha"
     file.write_bytes(b"no image")
     assert "an image that SimpleITK reads" in refusal_of_prediction(file)
+
+
+def test_a_torn_file_is_refused_without_its_name(tmp_path):
+    file = save(tmp_path, "secret", cube())
+    file.write_bytes(file.read_bytes()[:-9])
+    assert "cut short or damaged" in refusal_of_prediction(file)
 
 
 def test_colours_are_no_labels(tmp_path):

@@ -24,6 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
+from nnunet_dp.federated import process_table
+from nnunet_dp.federated.notes import read_note
+from nnunet_dp.federated.process_table import Process
 from nnunet_dp.replacing import replacing
 from nnunet_dp.workers import Progress
 
@@ -283,10 +286,16 @@ def ended_early(end: Any, again: str) -> Refusal:
 # ---- the server that runs ----------------------------------------------------------------------------------------
 
 
-def _note_server(folder: Path, server: Any) -> None:
+@dataclass(frozen=True)
+class _Noted:
     """For commands typed beside it: how to reach the server, and which process runs it."""
-    from nnunet_dp.federated.process_table import Process
 
+    address: str
+    authority: Path | None
+    process: Process
+
+
+def _note_server(folder: Path, server: Any) -> None:
     authority = str(server.authority) if server.authority else None
     content = {"address": server.address, "authority": authority, "process": vars(Process.of(os.getpid()))}
     with replacing(folder / SERVER) as stream:
@@ -295,12 +304,8 @@ def _note_server(folder: Path, server: Any) -> None:
 
 def is_running(folder: Path) -> bool:
     """Whether ``run_server`` runs in this folder of this machine."""
-    from nnunet_dp.federated import process_table
-
     file = folder / SERVER
-    if not file.is_file():
-        return False
-    return process_table.is_running(process_table.Process(**json.loads(file.read_text())["process"]))
+    return file.is_file() and process_table.is_running(read_note(file, _Noted).process)
 
 
 def read_server(folder: Path, address: str | None = None) -> Any:
@@ -313,11 +318,10 @@ def read_server(folder: Path, address: str | None = None) -> Any:
         raise UsageRefusal(f"no server runs in {folder.name} on this machine: start `nnunet-dp fed server {folder}`")
     from nnunet_dp.federated.flower_environment import Server
 
-    known = json.loads((folder / SERVER).read_text())
-    if address not in (None, known["address"]):
-        raise UsageRefusal(f"the server in {folder.name} is at {known['address']}, found --server {address}")
-    authority = Path(known["authority"]) if known["authority"] else None
-    return Server(known["address"], authority, (folder / "server").resolve())
+    known = read_note(folder / SERVER, _Noted)
+    if address not in (None, known.address):
+        raise UsageRefusal(f"the server in {folder.name} is at {known.address}, found --server {address}")
+    return Server(known.address, known.authority, (folder / "server").resolve())
 
 
 def open_processes(folder: Path) -> Any:

@@ -5,11 +5,11 @@ See ``flower_server`` for the files.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nnunet_dp.federated.notes import read_note
 from nnunet_dp.federated.process_table import Process, is_running
 
 LINES, APP, ENDED = "server_lines.txt", "server_app.json", "server_ended.json"
@@ -81,25 +81,38 @@ class Lines:
 def ended(folder: Path) -> End | None:
     """How the coordinator of this folder ended; None where it has not."""
     file = folder / ENDED
-    return End(**json.loads(file.read_text())) if file.is_file() else None
+    return read_note(file, End) if file.is_file() else None
+
+
+@dataclass(frozen=True)
+class Began:
+    """What a coordinator leaves in its folder when it begins.
+
+    Attributes:
+        run_id: Flower's.
+        process: that works.
+    """
+
+    run_id: str
+    process: Process
 
 
 def began(run_id: str, process: Process) -> dict[str, Any]:
-    """What a coordinator leaves in its folder when it begins."""
-    return {"run_id": run_id, "process": asdict(process)}
+    """The same as JSON."""
+    return asdict(Began(run_id, process))
 
 
 def was_killed(folder: Path) -> bool:
     """Whether the coordinator of this folder had begun and its process is gone."""
     file = folder / APP
-    return file.is_file() and not is_running(Process(**json.loads(file.read_text())["process"]))
+    return file.is_file() and not is_running(read_note(file, Began).process)
 
 
 def at_work(folder: Path) -> Submitted | None:
     """The run whose coordinator works in this folder, which outlives the command that submitted it; None without."""
     if not (folder / APP).is_file() or ended(folder) or was_killed(folder):
         return None
-    return Submitted(json.loads((folder / APP).read_text())["run_id"], folder, said(folder))
+    return Submitted(read_note(folder / APP, Began).run_id, folder, said(folder))
 
 
 def said(folder: Path) -> int:

@@ -21,6 +21,7 @@ from pydantic import TypeAdapter
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated import survey
 from nnunet_dp.federated.new_run import RunOptions, Surveyed
+from nnunet_dp.federated.notes import read_note
 from nnunet_dp.fingerprint import deviation_of, estimates, fewest_patients, is_audible, mechanism_for
 from nnunet_dp.nnunet_federated import PublicPlans, Sites
 from nnunet_dp.nnunet_fingerprint import ballot_for, plans_from
@@ -127,5 +128,4 @@ def _write_begun(folder: Path, asked: Any, options: RunOptions) -> None:
 
 def read_begun(folder: Path, kind: type[Asked]) -> tuple[Asked, RunOptions]:
     """What was typed for the run in this folder."""
-    asked, options = json.loads((folder / BEGUN).read_text())
-    return TypeAdapter(kind).validate_python(asked), TypeAdapter(RunOptions).validate_python(options)
+    return read_note(folder / BEGUN, tuple[kind, RunOptions])

@@ -9,14 +9,14 @@ several sites pays the sum. What sites reported is in the run's own files; where
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -210,10 +210,10 @@ def _recount(site: SiteSummary, summary: Summary, results: Path, preprocessed: P
 
 
 def _budget_beside(fold: Path) -> PrivacyBudget | None:
-    from nnunet_dp.plans import read_section
+    from nnunet_dp.plans import read_plans, read_section
 
     file = fold.parent / "plans.json"
-    section = read_section(json.loads(file.read_text())) if file.is_file() else None
+    section = read_section(read_plans(file)) if file.is_file() else None
     return section.budget if section is not None else None
 
 
@@ -246,10 +246,25 @@ def thresholds_of(summary: Summary) -> dict[str, tuple[float, ...]]:
     folder = _run_folder(summary.run)
     if folder is None or not (folder / PROGRESS).is_file():
         return {}
-    lines = (folder / PROGRESS).read_text().splitlines()
-    rounds = {row["round"]: row["sites"] for row in map(json.loads, lines)}  # a round that was held again counts once
-    told = {name: [rounds[number].get(name, {}).get("bound") for number in sorted(rounds)] for name in _names(summary)}
-    return {name: tuple(bounds) for name, bounds in told.items() if bounds and None not in bounds}
+    try:
+        rows = [_Round.model_validate_json(line) for line in (folder / PROGRESS).read_bytes().splitlines()]
+    except ValidationError:  # a line that a crash tore; without all of them nothing can be said of any round
+        return {}
+    rounds = {row.round: row.sites for row in rows}  # a round that was held again counts once
+    silent = _SiteInRound()
+    told = {name: [rounds[number].get(name, silent).bound for number in sorted(rounds)] for name in _names(summary)}
+    return {name: tuple(filter(None, bounds)) for name, bounds in told.items() if bounds and None not in bounds}
+
+
+class _SiteInRound(BaseModel):
+    bound: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class _Round(BaseModel):
+    """One line of the coordinator's progress, as far as it is repeated here."""
+
+    round: int
+    sites: dict[str, _SiteInRound]
 
 
 def _names(summary: Summary) -> list[str]:
@@ -310,10 +325,13 @@ def read_summary(folder: Path) -> Summary:
 
 def _run_folder(run: str) -> Path | None:
     """Where a simulation of that run lies on this machine, if it lies where they are made."""
+    from nnunet_dp.federated.run_config import read_config
+
     base = os.environ.get("nnUNet_results")
     for config in Path(base or ".").glob(f"federated_runs/*/{CONFIG}") if base else ():
-        if json.loads(config.read_text())["terms"]["run"] == run:
-            return config.parent
+        with suppress(Refusal):  # of a run whose configuration is damaged nobody knows which it is
+            if read_config(config).terms.run == run:
+                return config.parent
     return None
 
 
