@@ -27,6 +27,7 @@ from typing import Any
 from nnunet_dp.accounting import LARGEST_EPSILON
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.deployment import ended_early, refuse_without_flower, told_at_ctrl_c
+from nnunet_dp.federated.origin import refuse_shared_patients
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.federated.raw_dataset import RawDataset, nnunet_folder, raw_folder, read_raw
 from nnunet_dp.federated.site import public_part
@@ -78,11 +79,13 @@ def read_sites(datasets: Sequence[str]) -> list[LocalSite]:
         datasets: ids or names of raw datasets.
 
     Raises:
-        UsageRefusal: for unknown datasets, the same twice, and datasets that differ in what a network sees.
+        UsageRefusal: for unknown datasets, the same twice, patients at two sites (as far as ``origin`` knows), and
+            datasets that differ in what a network sees.
     """
     raw = [read_raw(raw_folder(dataset)) for dataset in datasets]
     if len({dataset.folder for dataset in raw}) < len(raw) or not raw:
         raise UsageRefusal("--datasets should name each site's own dataset, once: for instance --datasets 301 302")
+    refuse_shared_patients(raw)
     for dataset in raw[1:]:
         mine, first = public_part(dict(dataset.description)), public_part(dict(raw[0].description))
         different = [key for key in sorted({*mine, *first}) if mine.get(key) != first.get(key)]

@@ -14,9 +14,9 @@ dirichlet  unequal in size and kind: patients are grouped by how much foreground
 >>> sorted(map(len, sites)), sorted(name for site in sites for name in site)
 ([2, 3], ['anna', 'bert', 'cleo', 'dora', 'emil'])
 
-The new datasets are ordinary raw datasets of nnU-Net, with ``patients.csv``; images are hard links where the file
-system has them, so they take no room, and copies elsewhere. Whoever writes into a linked image changes the original:
-where sites are to be altered, ask for copies.
+The new datasets are ordinary raw datasets of nnU-Net, with ``patients.csv`` and a note of where they came from
+(``origin``); images are hard links where the file system has them, so they take no room, and copies elsewhere. Whoever
+writes into a linked image changes the original: where sites are to be altered, ask for copies.
 
 Design note: this is a tool for experiments. Equal sizes and foreground shares are functions of everybody's data, so
 which site a patient went to is no public fact of the original dataset; in each site's own dataset the slots are fixed
@@ -29,6 +29,7 @@ import hashlib
 import hmac
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.federated.origin import Part, read_origin, write_origin
 from nnunet_dp.federated.raw_dataset import PATIENTS, CaseFiles, RawDataset, raw_folder, read_raw, training_patients
 from nnunet_dp.patients import Patients, write_canonical
 
@@ -239,8 +241,9 @@ def split_dataset(
     dealt, values = deal(source, slots, dealing, patients_file)
     folders = _free_folders(source, first_id, len(dealt))
     owned = [{patient: slots[patient] for patient in mine} for mine in dealt]
+    origins = _origins(source, len(dealt))
     try:
-        return [_write_site(source, *one, links) for one in zip(folders, owned, values, strict=True)]
+        return [_write_site(source, *one, links) for one in zip(folders, owned, values, origins, strict=True)]
     except BaseException:  # all of them or none
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -265,12 +268,23 @@ def _free_folders(source: RawDataset, first_id: int, sites: int) -> list[Path]:
     return [base / f"Dataset{n:03d}_{source.title}Site{k}" for k, n in enumerate(numbers, start=1)]
 
 
+def _origins(source: RawDataset, sites: int) -> list[list[Part]]:
+    """Of what each site's dataset is a part: of this split, and of what the source is a part of."""
+    older, split = read_origin(source.folder), secrets.token_hex(8)
+    return [[*older, Part(parent=source.folder.name, split=split, site=k)] for k in range(1, sites + 1)]
+
+
 def _partial(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
 
 def _write_site(
-    source: RawDataset, folder: Path, slots: Mapping[str, tuple[str, ...]], value: str, links: bool
+    source: RawDataset,
+    folder: Path,
+    slots: Mapping[str, tuple[str, ...]],
+    value: str,
+    origin: Sequence[Part],
+    links: bool,
 ) -> SiteDataset:
     partial = _partial(folder)
     for part in ("imagesTr", "labelsTr"):
@@ -284,6 +298,7 @@ def _write_site(
     )
     if mine.unit != "case":
         write_canonical(mine, partial / PATIENTS)
+    write_origin(origin, partial)
     (partial / "dataset.json").write_text(json.dumps(_description(source, folder, len(cases)), indent=1) + "\n")
     partial.rename(folder)
     return SiteDataset(folder, mine.number, mine.unit, len(cases), value)
