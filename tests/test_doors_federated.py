@@ -19,7 +19,7 @@ from doors import read_lines, recounted_epsilon, segmentations
 from one_site import coordinator_plans
 
 from nnunet_dp.cli import main
-from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
 from nnunet_dp.export import export_model
 from nnunet_dp.federated import simulate as simulation
 from nnunet_dp.federated.coordinator import Coordinator
@@ -277,6 +277,18 @@ def test_plans_of_a_dataset_are_public_only_if_somebody_declares_it(tmp_path, mo
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     found = find_plans(small_options(plans_from=folder.name, no_patient_overlap=declared), {})
     assert ("plans_from_raw_fingerprint" not in not_covered(found)) == covered == ("declared" in found.source)
+
+
+def test_a_site_without_budget_for_a_run_says_so_before_its_first_round_and_is_charged_nothing(finished, tmp_path):
+    place, _, _ = finished
+    before = [charges(place, number) for number in (301, 302)]
+    run = new_run(small_options(rounds=1), tmp_path / "second")
+    _, spent = simulation.read_sites(("301", "302"))
+    frugal = simulation.Simulation(("301", "302"), max_epsilon=8.0)
+    simulation.write_settings(run.folder, spent, frugal, Mode.adp_fl, None)
+    with pytest.raises(BudgetRefusal, match=f"no budget is left at {spent.name}: begin a new run"):
+        Coordinator(read_config(run.config), Hand(run.folder), run.folder, lambda line: None).run()
+    assert [charges(place, number) for number in (301, 302)] == before
 
 
 def test_a_run_that_has_not_finished_has_a_summary_too(place, tmp_path):

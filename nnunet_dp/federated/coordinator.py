@@ -185,7 +185,7 @@ class Coordinator:
     def _ask(self, state: ServerState) -> tuple[dict[str, Arrays], ServerState, dict[str, str]]:
         """Weights that can be used, the state with what sites told of themselves, and why others cannot."""
         self._enrolment.look_around(self._needed(state))
-        names = self._enrolment.names
+        state, names = self._without_dropped_out(state), self._enrolment.names
         asked = {node: name for node, name in names.items() if not self._record(state, name).dropped_out}
         request = TrainRequest(
             terms=self.terms, round=state.round, weights_sha256=arrays_sha256(state.weights)
@@ -248,6 +248,11 @@ class Coordinator:
 
     def _record(self, state: ServerState, name: str) -> SiteRecord:
         return state.sites.get(name, SiteRecord())
+
+    def _without_dropped_out(self, state: ServerState) -> ServerState:
+        """The state that knows which sites had no budget left for the run's first step."""
+        gone = {name: replace(self._record(state, name), dropped_out=True) for name in self._enrolment.dropped_out}
+        return replace(state, sites={**state.sites, **gone})
 
     def _is_over(self, state: ServerState) -> bool:
         return state.round >= self.terms.rounds or self._everybody_left(state)
