@@ -172,6 +172,26 @@ def test_the_model_predicts_by_nnunets_own_predictor(finished, tmp_path):
     assert segmentation.shape == (32, 32) and set(np.unique(segmentation)) <= {0, 1}
 
 
+def test_refined_prediction_says_what_to_type_and_then_refines_by_free_rules(finished, tmp_path, capsys):
+    place, run, _ = finished
+    trainer, plans, configuration = run.model_folder.name.split("__")
+    words = ["-d", "301", "-c", configuration, "-tr", trainer, "-p", plans]
+    images = str(place / "raw" / "Dataset004_PhantomLesion" / "imagesTs")
+    predict = ["predict", *words, "-f", "all", "-i", images, "-o", str(tmp_path), "-device", "cpu", "-npp", "1"]
+    assert main(predict) == 2
+    learn = f"morph learn {' '.join(words)} --per-image"
+    assert f"or place free rules first, `nnunet-dp {learn}`" in capsys.readouterr().err
+    assert main(learn.split()[:-1]) == 2 and "sites paid for no vote" in capsys.readouterr().err
+    assert main(learn.split()) == 0
+    try:
+        assert main([*predict, "-nps", "1"]) == 0 and "(per_image rules)" in capsys.readouterr().out
+        assert main(["fed", "status", str(run.folder)]) == 0 and "Next: nnunet-dp predict" in capsys.readouterr().out
+    finally:
+        for file in ("morphology.json", "postprocessing.pkl"):
+            (run.model_folder / file).unlink()
+    assert {file.shape for file in segmentations(tmp_path).values()} == {(32, 32)}
+
+
 def test_the_model_may_lie_at_a_dataset_that_was_never_charged(finished, tmp_path):
     _, run, _ = finished
     results = tmp_path / "Dataset004_PhantomLesion"
