@@ -150,6 +150,8 @@ def test_people_get_a_table_and_the_command_that_predicts(finished, capsys):
     said = capsys.readouterr().out
     assert "counted from its ledger" in said
     assert "nnUNetv2_predict -d Dataset301_PhantomLesionSite1 -c 2d -f all" in said
+    assert "NOT covered         " in said and "A patient who is known to several sites: that patient's costs" in said
+    assert "charges_for_the_same_patient" not in said
 
 
 def test_the_model_names_no_path_no_case_and_no_count(finished):
