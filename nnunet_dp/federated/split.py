@@ -41,7 +41,7 @@ import numpy as np
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.origin import Part, read_origin, write_origin
 from nnunet_dp.federated.raw_dataset import PATIENTS, CaseFiles, RawDataset, raw_folder, read_raw, training_patients
-from nnunet_dp.patients import Patients, write_canonical
+from nnunet_dp.patients import Patients, read_columns, write_canonical
 
 SIZE_GROUPS = 4  # of patients, by their foreground; each is divided by its own draw
 Way = Literal["random", "column", "dirichlet"]
@@ -74,11 +74,8 @@ class Dealing:
         Raises:
             UsageRefusal: saying which to give.
         """
-        if (self.way == "column") != (self.column is not None):
-            raise UsageRefusal(
-                "--by column and --column NAME go together: name a column of patients.csv (its first line lists them), "
-                "or neither"
-            )
+        if self.way != "column" and self.column is not None:
+            raise UsageRefusal(f"--column {self.column} goes with --by column: give both, or neither")
         if self.sites is None and self.way != "column":
             raise UsageRefusal("the number of sites should be given: --sites 4")
         if self.sites is not None and self.sites < 2:
@@ -166,6 +163,12 @@ def _deal_by_column(
     dataset: RawDataset, slots: Mapping[str, tuple[str, ...]], dealing: Dealing, patients_file: Path | None
 ) -> tuple[list[list[str]], list[str]]:
     table = patients_file or dataset.folder / PATIENTS
+    known = read_columns(table)
+    if dealing.column not in known:
+        raise UsageRefusal(
+            f"--by column should come with --column NAME, a column of {table.name}, found {dealing.column}; there are: "
+            f"{', '.join(known) or 'none (its first line should name them: case,patient,scanner)'}"
+        )
     values = read_raw(dataset.folder, table, dealing.column).patients.case_to_patient
     seen = {patient: {values[case] for case in cases} for patient, cases in slots.items()}
     torn = sum(len(found) > 1 for found in seen.values())
