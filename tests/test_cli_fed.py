@@ -136,6 +136,19 @@ def test_a_site_that_exists_is_not_written_again(tmp_path, capsys):
     assert (tmp_path / "s" / "site_key").read_bytes() == before
 
 
+def test_a_lost_key_is_missed_by_name_and_never_replaced_silently(raw, tmp_path, capsys):
+    options = (tmp_path / "s", "--name", "s", "-d", 4, "--max-epsilon", 8)
+    told(capsys, "init-site", *options)
+    (tmp_path / "s" / "ca.pem").write_text("x")
+    (tmp_path / "s" / "site_key").unlink()
+    said = told(capsys, "site", tmp_path / "s", "--server", "here:9092", exit_code=2)
+    assert "put it back from a backup" in said and "init-site NEW_FOLDER --name s -d 4 --max-epsilon 8" in said
+    (tmp_path / "s" / "site.toml").unlink()
+    before = (tmp_path / "s" / "site_key.pub").read_bytes()
+    assert "another folder" in told(capsys, "init-site", *options, exit_code=2)
+    assert (tmp_path / "s" / "site_key.pub").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -258,6 +271,25 @@ def test_ctrl_c_before_a_run_is_decided_leaves_a_folder_for_the_next_attempt(raw
     write_dataset(raw.parent, "lesion", 2, 3, dataset_id=5, shape=(32, 32)).rename(raw.parent / "Dataset005_Other")
     told(capsys, "simulate", "--datasets", 5, "--folder", run, exit_code=130)
     assert [file.stem for file in (run / "settings").iterdir()] == ["Other"]
+
+
+def test_a_second_simulation_in_one_folder_is_refused_while_the_first_works(raw, tmp_path, monkeypatch, capsys):
+    from nnunet_dp.federated import new_run
+
+    run, tried = tmp_path / "run", []
+
+    def meanwhile(*_):
+        settings = {file.name for file in (run / "settings").iterdir()}
+        tried.append(told(capsys, "simulate", "--datasets", 5, "--folder", run, exit_code=1))
+        assert {file.name for file in (run / "settings").iterdir()} == settings == {"PhantomLesion.toml"}
+        (run / "config.json").touch()  # as soon as it is decided
+        tried.append(told(capsys, "simulate", "--resume", "--folder", run, exit_code=1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(new_run, "find_plans", meanwhile)
+    write_dataset(raw.parent, "lesion", 2, 8, dataset_id=5, shape=(32, 32)).rename(raw.parent / "Dataset005_Other")
+    told(capsys, "simulate", "--datasets", 4, "--folder", run, exit_code=130)
+    assert len(tried) == 2 and all("another simulation works in run: wait for it" in said for said in tried)
 
 
 def test_datasets_that_are_described_differently_cannot_share_a_network(raw, capsys):

@@ -13,7 +13,7 @@ from one_site import DATASET, Site, coordinator_plans, make_site, terms
 
 from nnunet_dp import nnunet_site
 from nnunet_dp.accounting import PrivacyBudget
-from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.errors import Refusal
 from nnunet_dp.federated.site_plans import admit, configuration_plan
 from nnunet_dp.gradients import trainable
 from nnunet_dp.plans import read_section
