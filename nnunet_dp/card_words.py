@@ -11,7 +11,7 @@ What is not in these tables (a word of a later version) is shown as it stands, w
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from nnunet_dp.card import MIXED_UNIT, NOISE_SOURCE, Card, CardCharge, upwards
 from nnunet_dp.sections import DECLARED_WEIGHTS, RAW_FINGERPRINT
@@ -107,6 +107,12 @@ _NOISE: Mapping[str, str] = {
 def not_covered_in_words(identifier: str) -> str:
     """A sentence."""
     return _NOT_COVERED.get(identifier, _as_it_stands(identifier))
+
+
+def not_covered_rows(identifiers: Iterable[str]) -> list[tuple[str, str]]:
+    """For a table: a row for each, the first of them labelled."""
+    rows = [("", not_covered_in_words(identifier)) for identifier in identifiers]
+    return [("NOT covered", rows[0][1]), *rows[1:]] if rows else []
 
 
 def covered_in_words(identifier: str) -> str:

@@ -34,7 +34,6 @@ Example:
 import enum
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -203,7 +202,8 @@ def phantom_command(
     Example:
       nnunet-dp phantom data --kind hippocampus --patients 40 --seed 1 --id 301
     """
-    from nnunet_dp.phantoms import write_dataset
+    from nnunet_dp.phantoms import KINDS, write_dataset
+    from nnunet_dp.phantoms.handover import commands
 
     voxels = parse_shape(shape)
     with progress_bar("Drawing cases") as progress:
@@ -217,7 +217,8 @@ def phantom_command(
             test_patients=test_patients,
             progress=progress,
         )
-    typer.echo(f"Wrote {folder}\nNext: {_after_phantom(folder)}")
+    lines = commands(folder, len(KINDS[kind].smallest_shape), os.environ)
+    typer.echo("\n".join([f"Wrote {folder}", "Next:", *(f"  {line}" for line in lines)]))
 
 
 @app.command("fingerprint")
@@ -649,14 +650,6 @@ def _morphology_share(share: float | None, none: bool) -> float:
     if none and share:
         raise UsageRefusal("--no-morph and --morphology-share contradict each other: give one of them")
     return 0.0 if none else MORPHOLOGY_SHARE if share is None else share
-
-
-def _after_phantom(folder: Path) -> str:
-    number = int(re.sub(r"\D", "", folder.name.split("_")[0]))
-    preprocess = f"nnUNetv2_plan_and_preprocess -d {number}"
-    if folder.name.startswith("Task"):
-        return f"nnUNetv2_convert_MSD_dataset -i {folder} && {preprocess} -c 3d_fullres"
-    return f'export nnUNet_raw="{folder.parent.resolve()}" && {preprocess} -c 2d'
 
 
 def _parse_epsilons(text: str) -> list[float]:

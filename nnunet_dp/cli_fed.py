@@ -530,7 +530,7 @@ def _show_summary(folder: Path, as_json: bool) -> None:
 
 
 def _predict_command(model: Path) -> str:
+    """Plain nnU-Net's, or ours once somebody placed rules that it can refine by."""
     trainer, plans, configuration = model.name.split("__")
-    return (
-        f"nnUNetv2_predict -d {model.parent.name} -c {configuration} -f all -tr {trainer} -p {plans} -i IMAGES -o OUT"
-    )
+    command = "nnunet-dp predict" if (model / "morphology.json").is_file() else "nnUNetv2_predict"
+    return f"{command} -d {model.parent.name} -c {configuration} -f all -tr {trainer} -p {plans} -i IMAGES -o OUT"

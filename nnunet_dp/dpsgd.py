@@ -88,6 +88,13 @@ class PrivacyPlan:
             return GaussianWithCount(self.noise_multiplier, count_noise, self.sampling_probability)
         return SubsampledGaussian(self.noise_multiplier, self.sampling_probability)
 
+    def charges_of(self, step: int) -> tuple[Charge, ...]:
+        """What a step is charged before anybody is drawn, in this order."""
+        mechanism = self.mechanism
+        if isinstance(mechanism, LaplaceStep):
+            return mechanism.charges(step)
+        return (mechanism.charge(TRAINING, step),)
+
     def _refuse_draw(self) -> None:
         if self.sampling_probability < 1:
             raise UsageRefusal(
@@ -232,11 +239,8 @@ class PrivateTraining:
 
     @property
     def next_charges(self) -> tuple[Charge, ...]:
-        """What the next step is charged before anybody is drawn, in this order."""
-        mechanism = self.plan.mechanism
-        if isinstance(mechanism, LaplaceStep):
-            return mechanism.charges(self.step)
-        return (mechanism.charge(TRAINING, self.step),)
+        """What the next step is charged."""
+        return self.plan.charges_of(self.step)
 
     def advance(self, records_of: RecordsOf, watch: Callable[[Tensor], None] = lambda loss: None) -> None:
         """Take one private step.

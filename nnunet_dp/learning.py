@@ -28,6 +28,7 @@ from nnunet_dp import TRAINER_NAMES
 from nnunet_dp.charges import MORPHOLOGY, epsilon_of, of_purpose
 from nnunet_dp.dpsgd import PrivacyPlan
 from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
+from nnunet_dp.federated.summary import FEDERATED
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.morphology import (
     FILE,
@@ -261,6 +262,11 @@ def _private_model(model: Path, trainer: str) -> tuple[PrivacySection, dict[str,
     file = model / "plans.json"
     plans = json.loads(file.read_text()) if file.is_file() else {}
     section = read_section(plans)
+    if (model / FEDERATED).is_file():
+        raise UsageRefusal(
+            f"{model.name} is a federated model, whose sites paid for no vote about their masks: --fixed FILE, "
+            "--from-phantom KIND and --per-image cost nothing"
+        )
     if section is None or trainer not in TRAINER_NAMES:
         raise UsageRefusal(
             f"{model.name} is no private model: expected one trained with -tr nnUNetTrainerDP_..., and its plans.json; "

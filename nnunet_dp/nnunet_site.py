@@ -140,8 +140,7 @@ def site_plans(
         UsageRefusal: for a delta that means nothing for so few units.
     """
     patients = find_units(settings, folder)
-    delta = min(own_delta(settings, patients), terms.delta or 1.0)
-    budget = PrivacyBudget(epsilon=terms.epsilon, delta=delta, unit=patients.unit)
+    budget = run_budget(terms.epsilon, terms.delta, settings, patients)
     kept = folder / nnunet.PATIENTS
     sha256 = digest(kept) if kept.is_file() else None
     architecture = plans["configurations"][terms.configuration]["architecture"]
@@ -164,6 +163,11 @@ def own_delta(settings: SiteSettings, patients: Patients) -> float:
     if delta * patients.number >= 1:
         raise UsageRefusal(f"delta in the settings should be below 1 / {patients.unit}s, found {delta:g}: try 1e-5")
     return delta
+
+
+def run_budget(epsilon: float, delta: float | None, settings: SiteSettings, patients: Patients) -> PrivacyBudget:
+    """Target of a run at this site: the run's epsilon, at the smaller of its delta and the site's own."""
+    return PrivacyBudget(epsilon=epsilon, delta=min(own_delta(settings, patients), delta or 1.0), unit=patients.unit)
 
 
 def write_model_files(folder: Path, plans: dict[str, Any], dataset_json: dict[str, Any]) -> None:

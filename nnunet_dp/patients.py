@@ -129,6 +129,17 @@ def read_patients(
     return _parse(_bytes_of(file), file, column, set(cases), set(held_out))
 
 
+def read_columns(file: Path) -> list[str]:
+    """Names of a table's columns that may tell patients apart or group them; none where its first line may be a row.
+
+    Raises:
+        PatientsFileError: The file is missing or unreadable.
+    """
+    records = list(_records(_bytes_of(file), file))
+    header = records[0][1] if records else []
+    return _other_columns(header) if "case" in header else []
+
+
 def read_canonical(file: Path, sha256: str, cases: Collection[str]) -> Patients:
     """Read the canonical copy, and only if it is the one that the plan was made with.
 

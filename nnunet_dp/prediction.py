@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nnunet_dp import nnunet
 from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.federated.summary import FEDERATED
 from nnunet_dp.learning import rules_of
 from nnunet_dp.morphology import read_morphology
 from nnunet_dp.refined_folder import read_description, refine_folder
@@ -42,10 +43,7 @@ def predict(
     _refuse_untrained(model, known.f)
     morphology = read_morphology(rules) if rules else rules_of(model, known.f)
     if morphology is None:
-        raise UsageRefusal(
-            f"{model.name} has no refinement rules of fold {', '.join(known.f)}: give --no-morph, name the trained "
-            "folds with -f, or place free rules with `nnunet-dp morph learn ... --per-image`"
-        )
+        raise UsageRefusal(_without_rules(model, known))
     output = Path(known.o)
     nnunet.predict(list(arguments))
     description = read_description(output, None)
@@ -64,6 +62,15 @@ def _refuse_untrained(model: Path, folds: Sequence[str]) -> None:
     missing = [fold for fold in folds if fold not in trained]
     if missing:
         raise UsageRefusal(f"{model.name} has no fold {', '.join(missing)}: give -f {' '.join(trained)}")
+
+
+def _without_rules(model: Path, known: argparse.Namespace) -> str:
+    """Why there are none, and what to type."""
+    free = f"nnunet-dp morph learn -d {known.d} -c {known.c} -tr {known.tr} -p {known.p} --per-image"
+    why, folds = f"has no refinement rules of fold {', '.join(known.f)}", "name the trained folds with -f, "
+    if (model / FEDERATED).is_file():
+        why, folds = "is a federated model and has no refinement rules: its sites paid for none", ""
+    return f"{model.name} {why}: give --no-morph, {folds}or place free rules first, `{free}`"
 
 
 def _prediction_arguments(arguments: Sequence[str]) -> argparse.Namespace | None:

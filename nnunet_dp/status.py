@@ -14,6 +14,7 @@ from typing import Any
 
 from nnunet_dp import TRAINER_NAMES
 from nnunet_dp.accounting import which_accountant
+from nnunet_dp.card_words import not_covered_rows
 from nnunet_dp.charges import (
     MORPHOLOGY,
     LedgerEntry,
@@ -91,7 +92,7 @@ class Status:
             ("mechanism", f"noise {self.noise_multiplier:.4g}, sampling probability {self.sampling_probability:g}"),
             ("accountant", f"{self.accountant}, {self.entries} ledger lines"),
             ("covers", "; ".join(self.covers)),
-            ("NOT covered", "; ".join(self.not_covered)),
+            *not_covered_rows(self.not_covered),
         ]
 
 

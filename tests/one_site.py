@@ -92,12 +92,22 @@ class Site:
     def query(self) -> Answer:
         return self.say("query", QueryRequest(run="0a").model_dump_json())
 
-    def prepare(self, plans: dict[str, Any] | None = None, dataset_json: dict[str, Any] | None = None) -> Answer:
+    def prepare(
+        self,
+        plans: dict[str, Any] | None = None,
+        dataset_json: dict[str, Any] | None = None,
+        asked: Terms | None = None,
+    ) -> Answer:
         plans = plans or coordinator_plans()
         described = dataset_json or self.query().reply.dataset_json
         assert described is not None
         request = PrepareRequest(
-            run="0a", plans=plans, dataset_json=described, configuration="2d", plans_sha256=json_sha256(plans)
+            run=asked.run if asked else "0a",
+            plans=plans,
+            dataset_json=described,
+            configuration="2d",
+            plans_sha256=json_sha256(plans),
+            terms=asked,
         )
         return self.say("prepare", request.model_dump_json())
 

@@ -209,25 +209,27 @@ def test_status_of_a_folder_that_is_not_there_is_wrong_usage(tmp_path):
     [("Task301_Phantom", "nnUNetv2_convert_MSD_dataset -i"), ("Dataset017_Lesion", "preprocess -d 17 -c 2d")],
 )
 def test_phantom_reports_progress_and_what_to_type_next(name, next_step, monkeypatch, tmp_path, capsys):
-    def draw(out, kind, patients, seed, *, progress, **_):
+    calls = []
+
+    def draw(out, kind, patients, seed, *, progress, **more):
+        calls.append(((out, kind, patients, seed), more))
         for done in range(patients):
             progress(done + 1, patients)
         return out / name
 
-    calls = stub(monkeypatch, "nnunet_dp.phantoms", "write_dataset", draw)
+    monkeypatch.setattr("nnunet_dp.phantoms.write_dataset", draw)
     arguments = ["phantom", str(tmp_path), "--kind", "lesion", "--patients", "40", "--seed", "7"]
     assert main([*arguments, "--id", "17", "--test-patients", "2", "--shape", "20,24,20"]) == 0
     captured = capsys.readouterr()
     assert next_step in captured.out
     assert captured.err.splitlines()[0] == "Drawing cases: 4 of 40" and len(captured.err.splitlines()) == 10
     assert calls[0][0] == (tmp_path, "lesion", 40, 7)
-    del calls[0][1]["progress"]
     assert calls[0][1] == {"dataset_id": 17, "shape": (20, 24, 20), "test_patients": 2}
 
 
 @pytest.mark.parametrize("shape", ["20,x,20", "0,4", "", "20,,20", "-1,2"])
 def test_a_shape_that_is_not_numbers_is_wrong_usage(shape, monkeypatch, tmp_path, capsys):
-    stub(monkeypatch, "nnunet_dp.phantoms", "write_dataset", tmp_path)
+    monkeypatch.setattr("nnunet_dp.phantoms.write_dataset", lambda *_, **__: tmp_path)
     arguments = ["phantom", str(tmp_path), "--kind", "lesion", "--patients", "4", "--seed", "7"]
     assert main([*arguments, f"--shape={shape}"]) == 2
     assert "--shape 20,24,20" in capsys.readouterr().err

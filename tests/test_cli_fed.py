@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -135,6 +136,19 @@ def test_a_site_that_exists_is_not_written_again(tmp_path, capsys):
     assert (tmp_path / "s" / "site_key").read_bytes() == before
 
 
+def test_a_lost_key_is_missed_by_name_and_never_replaced_silently(raw, tmp_path, capsys):
+    options = (tmp_path / "s", "--name", "s", "-d", 4, "--max-epsilon", 8)
+    told(capsys, "init-site", *options)
+    (tmp_path / "s" / "ca.pem").write_text("x")
+    (tmp_path / "s" / "site_key").unlink()
+    said = told(capsys, "site", tmp_path / "s", "--server", "here:9092", exit_code=2)
+    assert "put it back from a backup" in said and "init-site NEW_FOLDER --name s -d 4 --max-epsilon 8" in said
+    (tmp_path / "s" / "site.toml").unlink()
+    before = (tmp_path / "s" / "site_key.pub").read_bytes()
+    assert "another folder" in told(capsys, "init-site", *options, exit_code=2)
+    assert (tmp_path / "s" / "site_key.pub").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -260,11 +274,72 @@ def test_ctrl_c_before_a_run_is_decided_leaves_a_folder_for_the_next_attempt(raw
     assert [file.stem for file in (run / "settings").iterdir()] == ["Other"]
 
 
+def test_a_second_simulation_in_one_folder_is_refused_while_the_first_works(raw, tmp_path, monkeypatch, capsys):
+    from nnunet_dp.federated import new_run
+
+    run, tried = tmp_path / "run", []
+
+    def meanwhile(*_):
+        settings = {file.name for file in (run / "settings").iterdir()}
+        tried.append(told(capsys, "simulate", "--datasets", 5, "--folder", run, exit_code=1))
+        assert {file.name for file in (run / "settings").iterdir()} == settings == {"PhantomLesion.toml"}
+        (run / "config.json").touch()  # as soon as it is decided
+        tried.append(told(capsys, "simulate", "--resume", "--folder", run, exit_code=1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(new_run, "find_plans", meanwhile)
+    write_dataset(raw.parent, "lesion", 2, 8, dataset_id=5, shape=(32, 32)).rename(raw.parent / "Dataset005_Other")
+    told(capsys, "simulate", "--datasets", 4, "--folder", run, exit_code=130)
+    assert len(tried) == 2 and all("another simulation works in run: wait for it" in said for said in tried)
+
+
 def test_datasets_that_are_described_differently_cannot_share_a_network(raw, capsys):
-    other = write_dataset(raw.parent, "lesion", 2, 3, dataset_id=5, shape=(32, 32))
+    other = write_dataset(raw.parent, "lesion", 2, 8, dataset_id=5, shape=(32, 32))
     described = json.loads((other / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps({**described, "labels": {"background": 0, "mole": 1}}))
     assert "labels" in told(capsys, "simulate", "--datasets", 4, 5, exit_code=2)
+
+
+def shared(capsys, *datasets: int) -> str:
+    said = told(capsys, "simulate", "--datasets", *datasets, exit_code=2)
+    assert "--datasets should share no patients" in said and "pays the sum of both" in said
+    return said
+
+
+def test_sites_of_two_splits_of_one_dataset_are_refused_by_name(raw, capsys):
+    told(capsys, "split", "-d", 4, "--sites", 2, "--first-id", 301, "--copy")
+    told(capsys, "split", "-d", 4, "--sites", 2, "--first-id", 311, "--copy")
+    for image in raw.parent.glob("Dataset3*/imagesTr/*"):  # as a scanner of their own would have made them
+        image.write_bytes(image.read_bytes() + image.parent.parent.name.encode())
+    both = "Dataset301_PhantomLesionSite1 and Dataset312_PhantomLesionSite2"
+    assert f"{both} come from two splits of {raw.name}" in shared(capsys, 301, 312)
+    assert f"Dataset302_PhantomLesionSite2 is a part of {raw.name}" in shared(capsys, 302, 4)
+    assert [site.units for site in simulate.read_sites(["301", "302"])] == [3, 3]
+
+
+def test_a_part_of_a_part_is_known_to_its_whole_and_to_nobody_else(raw, capsys):
+    told(capsys, "split", "-d", 4, "--sites", 2, "--first-id", 301)
+    told(capsys, "split", "-d", 301, "--sites", 2, "--first-id", 311)
+    assert len(simulate.read_sites(["311", "312", "302"])) == 3
+    assert f"Dataset311_PhantomLesionSite1Site1 is a part of {raw.name}" in shared(capsys, 4, 311)
+
+
+def test_a_copied_site_is_refused_with_and_without_its_note(raw, capsys):
+    told(capsys, "split", "-d", 4, "--sites", 2, "--first-id", 301)
+    original = raw.parent / "Dataset301_PhantomLesionSite1"
+    copy = shutil.copytree(original, raw.parent / "Dataset305_Copy")
+    assert f"{original.name} and {copy.name} are the same part of {raw.name}" in shared(capsys, 301, 305)
+    (copy / "federated_split.json").unlink()
+    assert f"{original.name} and {copy.name} hold the same image" in shared(capsys, 301, 305)
+
+
+def test_the_note_of_a_split_names_no_patient_and_a_foreign_one_is_refused(raw, capsys):
+    told(capsys, "split", "-d", 4, "--sites", 2, "--first-id", 301)
+    note = raw.parent / "Dataset301_PhantomLesionSite1" / "federated_split.json"
+    (part,) = json.loads(note.read_text())
+    assert part == {"parent": raw.name, "split": part["split"], "site": 1}
+    note.write_text("{}")
+    assert "federated_split.json in Dataset301" in told(capsys, "simulate", "--datasets", 301, 302, exit_code=2)
 
 
 def test_sites_are_called_after_their_datasets(raw, capsys):
@@ -275,7 +350,7 @@ def test_sites_are_called_after_their_datasets(raw, capsys):
 
 
 def test_names_that_would_be_equal_are_the_datasets_own(raw):
-    write_dataset(raw.parent, "lesion", 2, 3, dataset_id=5, shape=(32, 32))
+    write_dataset(raw.parent, "lesion", 2, 8, dataset_id=5, shape=(32, 32))
     names = [site.name for site in simulate.read_sites(["4", "5"])]
     assert names == ["Dataset004_PhantomLesion", "Dataset005_PhantomLesion"]
 

@@ -19,7 +19,7 @@ from doors import read_lines, recounted_epsilon, segmentations
 from one_site import coordinator_plans
 
 from nnunet_dp.cli import main
-from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
 from nnunet_dp.export import export_model
 from nnunet_dp.federated import simulate as simulation
 from nnunet_dp.federated.coordinator import Coordinator
@@ -150,6 +150,8 @@ def test_people_get_a_table_and_the_command_that_predicts(finished, capsys):
     said = capsys.readouterr().out
     assert "counted from its ledger" in said
     assert "nnUNetv2_predict -d Dataset301_PhantomLesionSite1 -c 2d -f all" in said
+    assert "NOT covered         " in said and "A patient who is known to several sites: that patient's costs" in said
+    assert "charges_for_the_same_patient" not in said
 
 
 def test_the_model_names_no_path_no_case_and_no_count(finished):
@@ -170,6 +172,26 @@ def test_the_model_predicts_by_nnunets_own_predictor(finished, tmp_path):
     predictor.predict_from_files_sequential([[str(images[0])]], [str(tmp_path / "case")], save_probabilities=False)
     (segmentation,) = segmentations(tmp_path).values()
     assert segmentation.shape == (32, 32) and set(np.unique(segmentation)) <= {0, 1}
+
+
+def test_refined_prediction_says_what_to_type_and_then_refines_by_free_rules(finished, tmp_path, capsys):
+    place, run, _ = finished
+    trainer, plans, configuration = run.model_folder.name.split("__")
+    words = ["-d", "301", "-c", configuration, "-tr", trainer, "-p", plans]
+    images = str(place / "raw" / "Dataset004_PhantomLesion" / "imagesTs")
+    predict = ["predict", *words, "-f", "all", "-i", images, "-o", str(tmp_path), "-device", "cpu", "-npp", "1"]
+    assert main(predict) == 2
+    learn = f"morph learn {' '.join(words)} --per-image"
+    assert f"or place free rules first, `nnunet-dp {learn}`" in capsys.readouterr().err
+    assert main(learn.split()[:-1]) == 2 and "sites paid for no vote" in capsys.readouterr().err
+    assert main(learn.split()) == 0
+    try:
+        assert main([*predict, "-nps", "1"]) == 0 and "(per_image rules)" in capsys.readouterr().out
+        assert main(["fed", "status", str(run.folder)]) == 0 and "Next: nnunet-dp predict" in capsys.readouterr().out
+    finally:
+        for file in ("morphology.json", "postprocessing.pkl"):
+            (run.model_folder / file).unlink()
+    assert {file.shape for file in segmentations(tmp_path).values()} == {(32, 32)}
 
 
 def test_the_model_may_lie_at_a_dataset_that_was_never_charged(finished, tmp_path):
@@ -277,6 +299,18 @@ def test_plans_of_a_dataset_are_public_only_if_somebody_declares_it(tmp_path, mo
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     found = find_plans(small_options(plans_from=folder.name, no_patient_overlap=declared), {})
     assert ("plans_from_raw_fingerprint" not in not_covered(found)) == covered == ("declared" in found.source)
+
+
+def test_a_site_without_budget_for_a_run_says_so_before_its_first_round_and_is_charged_nothing(finished, tmp_path):
+    place, _, _ = finished
+    before = [charges(place, number) for number in (301, 302)]
+    run = new_run(small_options(rounds=1), tmp_path / "second")
+    _, spent = simulation.read_sites(("301", "302"))
+    frugal = simulation.Simulation(("301", "302"), max_epsilon=8.0)
+    simulation.write_settings(run.folder, spent, frugal, Mode.adp_fl, None)
+    with pytest.raises(BudgetRefusal, match=f"no budget is left at {spent.name}: begin a new run"):
+        Coordinator(read_config(run.config), Hand(run.folder), run.folder, lambda line: None).run()
+    assert [charges(place, number) for number in (301, 302)] == before
 
 
 def test_a_run_that_has_not_finished_has_a_summary_too(place, tmp_path):

@@ -17,7 +17,7 @@ from released import BUDGET, PLAN, SECRETS, STEPS, FakeModel, fake_model, files_
 from nnunet_dp.charges import LedgerError
 from nnunet_dp.claim import CLIP_RULES
 from nnunet_dp.clipping import RULE_NAMES
-from nnunet_dp.dataset_identity import SECRET, identity
+from nnunet_dp.dataset_identity import DIGEST, SECRET, identity
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.export import export_model
 from nnunet_dp.ledger import Ledger
@@ -147,7 +147,20 @@ def test_the_datasets_identity_needs_its_secret(model, tmp_path):
     assert stat.S_IMODE(secret.stat().st_mode) == 0o600
     assert exported(model, tmp_path, overwrite=True)[0]["card"]["dataset"]["identity"] == first
     secret.unlink()
+    with pytest.raises(Refusal, match=r"privacy_identity\.key in \S+ is lost, .* put it back from a backup; or delete"):
+        exported(model, tmp_path, overwrite=True)
+    assert not secret.exists()
+    secret.with_name(DIGEST).unlink()
     assert exported(model, tmp_path, overwrite=True)[0]["card"]["dataset"]["identity"] != first
+
+
+def test_a_secret_of_before_its_digest_was_noted_keeps_its_identity_and_another_one_is_refused(tmp_path):
+    first = identity(tmp_path, "0" * 64)
+    (tmp_path / DIGEST).unlink()
+    assert identity(tmp_path, "0" * 64) == first and (tmp_path / DIGEST).exists()
+    (tmp_path / SECRET).write_bytes(bytes(32))
+    with pytest.raises(Refusal, match="put the first one back"):
+        identity(tmp_path, "0" * 64)
 
 
 def test_a_secret_that_others_may_read_is_refused(tmp_path):

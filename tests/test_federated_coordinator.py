@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from federation import DATASET, Memory, Site, config, terms, three
 
-from nnunet_dp.errors import Refusal, UsageRefusal
+from nnunet_dp.errors import BudgetRefusal, Refusal, UsageRefusal
 from nnunet_dp.federated.coordinator import PROGRESS, RESULT, Coordinator
 from nnunet_dp.federated.enrolment import Enrolment
 from nnunet_dp.federated.protocol import Code, Reply
@@ -162,6 +162,37 @@ def test_a_site_whose_budget_is_spent_drops_out_and_is_asked_no_more(tmp_path):
     result = Run(tmp_path, sites, minimum_replies=3)()
     assert result.complete and sites.nodes["1"].trained == [0, 1, 2]
     assert result.sites[0] == {"name": "ann", "epsilon_spent": 7.9, "delta": 1e-5, "unit": "patient", "rounds": 2}
+
+
+def test_a_run_begins_without_a_site_that_has_no_budget_for_its_first_step(tmp_path):
+    sites = Memory(three().nodes | {"3": Site("cleo", prepares=Code.budget_spent)})
+    run = Run(tmp_path, sites)
+    result = run()
+    assert result.complete and [site["rounds"] for site in result.sites] == [4, 4, 0]
+    assert not sites.nodes["3"].trained and weights(tmp_path).sites["cleo"].dropped_out
+    assert [line for line in run.lines if line.startswith("cleo drops out: budget_spent (")]
+    assert not [line for line in run.lines if "missing" in line]
+    assert Run(tmp_path, sites)().complete  # and resumed
+
+
+def test_where_too_few_have_budget_left_the_run_says_who_has_none_and_does_not_begin(tmp_path):
+    sites = Memory(three().nodes | {"3": Site("cleo", prepares=Code.budget_spent)})
+    with pytest.raises(BudgetRefusal, match=r"3 sites at least .*, found 2; no budget is left at cleo: begin a new"):
+        Run(tmp_path, sites, minimum_replies=3)()
+    assert not sites.nodes["1"].trained
+
+
+def test_a_site_that_comes_back_without_budget_drops_out_of_the_run(tmp_path):
+    sites = three()
+
+    def restarted(kind):
+        if kind == "train" and sites.nodes.get("3") and sites.nodes["3"].trained == [0]:
+            sites.nodes.pop("3")
+            sites.nodes["9"] = Site("cleo", prepares=Code.budget_spent)
+
+    sites.before = restarted
+    result = Run(tmp_path, sites)()
+    assert result.complete and [site["rounds"] for site in result.sites] == [4, 4, 1]
 
 
 def test_when_every_budget_is_spent_the_model_is_still_written(tmp_path):

@@ -26,6 +26,7 @@ from nnunet_dp.federated.site_store import SITE_TRAINER, _holding
 from nnunet_dp.federated.summary import SiteSummary, Summary, recounted
 from nnunet_dp.gradients import trainable
 from nnunet_dp.ledger import Ledger
+from nnunet_dp.plans import json_sha256
 from nnunet_dp.run import LATEST, read_checkpoint
 
 Weights = dict[str, np.ndarray]
@@ -299,6 +300,38 @@ def test_the_datasets_total_over_all_runs_stays_within_the_settings(site, weight
     assert codes[-1] == "budget_spent"
     assert recounted_epsilon(site.charges(), 1e-5) <= 9.0
     assert recounted_epsilon([*site.charges(), site.charges()[0]], 1e-5) > 9.0
+
+
+def test_a_run_that_no_budget_is_left_for_is_declined_before_it_is_prepared_and_charges_nothing(site, weights):
+    assert [site.train(terms(), number, weights).code for number in range(3)] == ["ok", "ok", "ok"]
+    before, other = site.charges(), with_edit(*TWO, "spacing", to=[1.0, 1.1])
+    asked = terms(run="0b", plans_sha256=json_sha256(other))
+    answer = site.prepare(other, asked=asked)
+    assert set(json.loads(answer.header)) == {"protocol", "code", "site", "run"} and answer.code == "budget_spent"
+    assert site.charges() == before and len(list(site.preprocessed.glob("federated_*_2d"))) == 1
+    assert site.prepare(asked=terms(run="0b")).code == site.train(terms(run="0b"), 0, weights).code == "budget_spent"
+
+
+def test_a_run_that_some_steps_fit_is_prepared_and_so_is_one_that_has_begun(site, weights):
+    bounded = site.with_settings(max_epsilon=9.0)
+    assert [bounded.train(terms(), number, weights).code for number in range(3)] == ["ok", "ok", "ok"]
+    assert bounded.prepare(asked=terms(run="0b")).code == "ok"
+    assert site.prepare(asked=terms()).code == "ok" and len(site.charges()) == 6
+
+
+def test_terms_above_the_settings_are_refused_before_anything_is_preprocessed(site, weights):
+    assert site.with_settings(max_epsilon=7.9).prepare(asked=terms()).code == "settings_refuse"
+    assert site.prepare(asked=terms(mode="paper")).code == "settings_refuse"
+    assert site.prepare(asked=terms()).code == "ok"
+
+
+@pytest.mark.parametrize("other", [{"run": "0b"}, {"configuration": "3d_fullres"}, {"plans_sha256": "00"}])
+def test_terms_of_another_run_are_malformed(site, other):
+    plans, described = coordinator_plans(), site.query().reply.dataset_json
+    request = {"run": "0a", "plans": plans, "dataset_json": described, "configuration": "2d"}
+    asked = terms(**other).model_dump(mode="json")
+    header = json.dumps({**request, "plans_sha256": json_sha256(plans), "terms": asked})
+    assert site.say("prepare", header).code == "malformed"
 
 
 def test_a_spent_budget_is_told_with_what_was_spent(site, weights):
@@ -628,8 +661,6 @@ def test_the_datasets_own_plans_are_never_overwritten(site, weights):
     own.write_text("{}")
     plans = coordinator_plans(plans_name="nnUNetPlans")
     assert site.prepare(plans).code == "ok"
-    from nnunet_dp.plans import json_sha256
-
     assert site.train(terms(plans_sha256=json_sha256(plans)), 0, weights).code == "ok" and own.read_text() == "{}"
 
 

@@ -184,9 +184,18 @@ def test_a_column_that_divides_a_patient_is_refused_without_naming_anybody(raw):
     assert not [word for pair in table(raw).items() for word in pair if word in str(refused.value)]
 
 
-def test_an_unknown_column_is_refused(raw):
-    with pytest.raises(PatientsFileError, match="vendor"):
+@pytest.mark.parametrize("column", ["vendor", None])
+def test_a_column_that_is_not_there_is_refused_with_those_that_are(raw, column):
+    add_column(raw, "scanner", lambda case, patient: "new")
+    with pytest.raises(UsageRefusal, match=f"found {column}; there are: patient, scanner"):
+        split_dataset("4", Dealing("column", column=column), 301)
+
+
+def test_a_first_line_that_may_be_a_patients_row_is_not_repeated(raw):
+    (raw / "patients.csv").write_text("\n".join((raw / "patients.csv").read_text().split()[1:]))
+    with pytest.raises(PatientsFileError) as refused:
         split_dataset("4", Dealing("column", column="vendor"), 301)
+    assert "P0001" not in str(refused.value)
 
 
 # ---- one fold's training patients --------------------------------------------------------------------------------

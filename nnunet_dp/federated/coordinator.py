@@ -19,12 +19,9 @@ send what they have, uncharged. What sites said they spent is kept even where th
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,6 +41,7 @@ from nnunet_dp.federated.aggregation import (
     shapes_of,
     weighted_mean,
 )
+from nnunet_dp.federated.alone import alone_in
 from nnunet_dp.federated.client_level import ClientLevelMean
 from nnunet_dp.federated.enrolment import Message, Preparation, Transport
 from nnunet_dp.federated.progress import Result, result_of, round_line, round_row
@@ -66,21 +64,6 @@ def write_nnunet_model(config: RunConfig, weights: Arrays, facts: Mapping[str, A
         Path(config.model_folder), config.plans, terms.configuration, config.dataset_json, weights, facts, terms.run,
         steps,
     )  # fmt: skip
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold a run's folder as long as this process works on it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder / "coordinator.lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Refusal(f"another coordinator works in {folder.name}: wait for it, or stop it") from None
-        yield
-    finally:
-        os.close(lock)
 
 
 class Coordinator:
@@ -110,7 +93,7 @@ class Coordinator:
             Refusal: when the run cannot begin, another coordinator works in the folder, or a round had too few
                 replies; what was finished is on disk, and the model of the last finished round is written.
         """
-        with _alone_in(self.folder):
+        with alone_in(self.folder, "coordinator"):
             return self._run()
 
     def _run(self) -> Result:
@@ -185,7 +168,7 @@ class Coordinator:
     def _ask(self, state: ServerState) -> tuple[dict[str, Arrays], ServerState, dict[str, str]]:
         """Weights that can be used, the state with what sites told of themselves, and why others cannot."""
         self._enrolment.look_around(self._needed(state))
-        names = self._enrolment.names
+        state, names = self._without_dropped_out(state), self._enrolment.names
         asked = {node: name for node, name in names.items() if not self._record(state, name).dropped_out}
         request = TrainRequest(
             terms=self.terms, round=state.round, weights_sha256=arrays_sha256(state.weights)
@@ -248,6 +231,11 @@ class Coordinator:
 
     def _record(self, state: ServerState, name: str) -> SiteRecord:
         return state.sites.get(name, SiteRecord())
+
+    def _without_dropped_out(self, state: ServerState) -> ServerState:
+        """The state that knows which sites had no budget left for the run's first step."""
+        gone = {name: replace(self._record(state, name), dropped_out=True) for name in self._enrolment.dropped_out}
+        return replace(state, sites={**state.sites, **gone})
 
     def _is_over(self, state: ServerState) -> bool:
         return state.round >= self.terms.rounds or self._everybody_left(state)

@@ -4,7 +4,8 @@
 
 A site that comes back may be another node with the same name: it is asked again who it is and whether it has prepared
 the plans, which costs it nothing. What a node says once and for all (other labels, settings that refuse) is not asked
-again; silence and ``failed`` are, as often as a round is.
+again; silence and ``failed`` are, as often as a round is. A site whose budget is spent drops out, as it would in a
+round: that is nobody's mistake, and the run begins without it where enough are left.
 
 Design note: ``busy`` means that the site works on an earlier message of this run, one of a coordinator that died, say.
 It is waited for, within the time that the message has; what it did meanwhile it sends then, without a new charge.
@@ -17,8 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from nnunet_dp.errors import Refusal
-from nnunet_dp.federated.aggregation import Rejection, fault_of_header, parse
+from nnunet_dp.errors import BudgetRefusal, Refusal
+from nnunet_dp.federated.aggregation import DROPS_OUT, Rejection, fault_of_header, parse
 from nnunet_dp.federated.protocol import Arrays, Code, Kind, PrepareRequest, QueryRequest, Reply
 from nnunet_dp.federated.run_config import Agreement, RunConfig
 
@@ -27,6 +28,7 @@ QUERY_TIMEOUT_S = 600.0
 FINAL = (Code.settings_refuse, Code.version_mismatch, Code.plans_mismatch, Code.malformed)
 """Answers that asking again would not change."""
 ADVICE = {
+    Code.budget_spent: "its dataset's budget has no room for a step of this run",
     Code.settings_refuse: "the terms ask for more than its own settings allow",
     Code.version_mismatch: "it speaks another version of the protocol",
     Code.plans_mismatch: "the run's plans do not fit its dataset, or it has prepared others",
@@ -60,6 +62,7 @@ class Enrolment:
         names: of the nodes that are prepared.
         silent: nodes that missed their last message.
         declined: nodes that do not take part, and why.
+        dropped_out: names of sites whose budget was spent before they could prepare: the run begins without them.
     """
 
     busy_pause_s = 5.0
@@ -72,6 +75,7 @@ class Enrolment:
         self.names: dict[str, str] = {}
         self.silent: set[str] = set()
         self.declined: dict[str, str] = {}
+        self.dropped_out: set[str] = set()
         self._config, self._run, self._transport, self._say = config, run, transport, say
         self._final: set[str] = set()  # nodes that are not asked again
         self._nameless: set[str] = set()  # nodes that did not say who they are
@@ -86,6 +90,7 @@ class Enrolment:
         Raises:
             Refusal: when there are too few, two nodes have one name, or a site declined that the run may not begin
                 without; with names.
+            BudgetRefusal: when there are too few because budgets are spent.
         """
         config = self._config
         met = self._meet()
@@ -99,7 +104,7 @@ class Enrolment:
         self._prepare(met, config.prepare_timeout_s)
         self._refuse_without_the_declined(len(met))
         if len(self.names) < needed:
-            raise Refusal(f"{needed} sites at least should have prepared, found {len(self.names)}")
+            raise self._too_few(needed)
         self._say(self.done.format(names=", ".join(sorted(self.names.values()))))
 
     def _meet(self) -> dict[str, str]:
@@ -135,6 +140,15 @@ class Enrolment:
         why = "; ".join(self.declined[node] for node in counted)
         if why and not self._config.go_on_without:
             raise Refusal(f"{why}: mend that and go on with --resume, or let the run begin without (--go-on-without)")
+
+    def _too_few(self, needed: int) -> Refusal:
+        found = f"{needed} sites at least should have prepared, found {len(self.names)}"
+        if not self.dropped_out:
+            return Refusal(found)
+        return BudgetRefusal(
+            f"{found}; no budget is left at {', '.join(sorted(self.dropped_out))}: begin a new run without them, or "
+            "ask for less with a smaller --epsilon"
+        )
 
     def welcome(self, nodes: Sequence[str], query_s: float, prepare_s: float) -> None:
         """Query and prepare nodes that are new; a known name moves to a new node only when its old one is gone.
@@ -216,6 +230,11 @@ class Enrolment:
         """Ask these nodes to get ready; enter or decline each."""
         raise NotImplementedError
 
+    def _drop_out(self, node: str, name: str, why: str) -> None:
+        self.dropped_out.add(name)
+        self._final.add(node)
+        self._say(f"{name} drops out: {why}")
+
     def _enter(self, node: str, name: str) -> None:
         self._nameless.discard(node)
         self.names = {other: known for other, known in self.names.items() if known != name} | {node: name}
@@ -261,29 +280,31 @@ class Preparation(Enrolment):
             dataset_json=self._config.dataset_json,
             configuration=self._terms.configuration,
             plans_sha256=self._terms.plans_sha256,
+            terms=self._terms,
         ).model_dump_json()
         replies = self.exchange("prepare", {node: (request, {}) for node in names}, timeout_s)
         for node, name in names.items():
-            fault, final = self._fault_of_preparation(replies.get(node), name, timeout_s)
-            if fault is None:
+            code = self._judged(replies.get(node), name, timeout_s)
+            why = explained(code) if isinstance(code, Code) else code
+            if code is Code.ok:
                 self._enter(node, name)
+            elif code in DROPS_OUT:
+                self._drop_out(node, name, why)
             else:
-                self._decline(node, f"{name} did not prepare: {fault}", final)
+                self._decline(node, f"{name} did not prepare: {why}", final=code in FINAL)
 
-    def _fault_of_preparation(self, message: Message | None, name: str, timeout_s: float) -> tuple[str | None, bool]:
-        """What is wrong, if anything, and whether that is final."""
+    def _judged(self, message: Message | None, name: str, timeout_s: float) -> Code | str:
+        """How preparing went, or why the reply cannot be used."""
         if message is None:
-            return f"no reply within {timeout_s:.0f} s", False
+            return f"no reply within {timeout_s:.0f} s"
         reply = parse(message[0])
         if isinstance(reply, Rejection):
-            return reply.value, False
+            return reply.value
         fault = fault_of_header(reply, self._run, None, name)
         if fault is not None:
-            return fault.value, False
-        if reply.code is not Code.ok:
-            return explained(reply.code), reply.code in FINAL
-        same = reply.plans_sha256 == self._terms.plans_sha256
-        return (None, False) if same else (explained(Code.plans_mismatch), True)
+            return fault.value
+        other = reply.code is Code.ok and reply.plans_sha256 != self._terms.plans_sha256
+        return Code.plans_mismatch if other else reply.code
 
 
 def _is_busy(message: Message) -> bool:

@@ -94,13 +94,14 @@ def make_key_pair(private_file: Path) -> Path:
     """Write a site's private key and, beside it with ``.pub``, its public key; returns the public key's file.
 
     Raises:
-        UsageRefusal: when the private key exists: the server may know it.
+        UsageRefusal: when one of them exists, the public one alone, too: the server may know it.
     """
-    _refuse_existing(private_file)
+    public_file = private_file.with_name(private_file.name + ".pub")
+    for file in (private_file, public_file):
+        _refuse_existing(file)
     private_file.parent.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP384R1())
     _write_private(private_file, key, serialization.PrivateFormat.OpenSSH)
-    public_file = private_file.with_name(private_file.name + ".pub")
     encoding, form = serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     public_file.write_bytes(key.public_key().public_bytes(encoding, form) + b"\n")
     return public_file

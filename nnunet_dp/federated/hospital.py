@@ -85,7 +85,7 @@ def init_site(folder: Path, site: NewSite) -> list[str]:
         UsageRefusal: for impossible settings, and where settings or keys exist.
     """
     file = folder / SETTINGS
-    if file.exists() or (folder / KEY).exists():
+    if any((folder / name).exists() for name in (SETTINGS, KEY, f"{KEY}.pub")):
         raise UsageRefusal(f"{folder.name} holds settings or a key already: edit {SETTINGS}, or name another folder")
     _refuse_impossible(site, folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,11 @@ def run_site(folder: Path, address: str, root_certificate: Path | None, insecure
         )
     key = None if insecure else folder / KEY
     if key is not None and not key.is_file():
-        raise UsageRefusal(f"{folder.name} should hold the key {KEY}: `nnunet-dp fed init-site` makes one")
+        raise UsageRefusal(
+            f"{folder.name} should hold the key {KEY}, found none: put it back from a backup, or make another one with "
+            f"`nnunet-dp fed init-site NEW_FOLDER --name {settings.name} -d {settings.dataset} --max-epsilon "
+            f"{settings.max_epsilon:g}`, and have the coordinator register that; the dataset's ledger stays as it is"
+        )
     processes = open_processes(folder / "flower")
     from nnunet_dp.federated.flower_environment import Server
 

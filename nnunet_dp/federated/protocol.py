@@ -8,7 +8,7 @@ site's own log.
 
     query         -> the site's declared name, its dataset.json's public part, versions
     fingerprint   budget and share -> the site's noised votes on spacing, size and intensities (optional)
-    prepare       plans and dataset description -> preprocessed, and the plans' hash
+    prepare       plans, dataset description and terms -> preprocessed, and the plans' hash
     train         terms, round and global weights -> the site's weights after its local steps
 
 >>> terms = Terms(run="0a", mode="adp-fl", epsilon=8.0, rounds=20, plans_sha256="0" * 64, configuration="2d")
@@ -170,6 +170,7 @@ class PrepareRequest(Frozen):
         dataset_json: the public part, as the coordinator understands it; compared with the site's own.
         configuration: to preprocess.
         plans_sha256: of ``plans`` as canonical JSON (``plans.json_sha256``).
+        terms: of the run; a site that they ask too much of declines before it preprocesses. None asks nothing.
     """
 
     protocol: Literal[1] = VERSION
@@ -178,6 +179,14 @@ class PrepareRequest(Frozen):
     dataset_json: dict[str, Any]
     configuration: str
     plans_sha256: Hex
+    terms: Terms | None = None
+
+    @model_validator(mode="after")
+    def _refuse_other_terms(self) -> PrepareRequest:
+        mine = (self.run, self.configuration, self.plans_sha256)
+        if self.terms and (self.terms.run, self.terms.configuration, self.terms.plans_sha256) != mine:
+            raise ValueError("terms should be those of the same run, configuration and plans")
+        return self
 
 
 class TrainRequest(Frozen):

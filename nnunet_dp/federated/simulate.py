@@ -10,6 +10,7 @@ its ledger included, is the same code in the same kind of process.
     folder/config.json ...          as ``new_run``
     folder/settings/NAME.toml       each site's settings
     folder/flower/                  Flower's own files and logs
+    folder/simulation.lock          held while it runs
 
 Design note: a run's folder outlives it; ``resume`` starts the processes again and submits the same configuration, and
 the coordinator goes on after the last round that it wrote.
@@ -26,7 +27,9 @@ from typing import Any
 
 from nnunet_dp.accounting import LARGEST_EPSILON
 from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.federated.alone import alone_in, lock_of
 from nnunet_dp.federated.deployment import ended_early, refuse_without_flower, told_at_ctrl_c
+from nnunet_dp.federated.origin import refuse_shared_patients
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.federated.raw_dataset import RawDataset, nnunet_folder, raw_folder, read_raw
 from nnunet_dp.federated.site import public_part
@@ -35,6 +38,7 @@ from nnunet_dp.workers import Progress
 
 Say = Callable[[str], None]
 SETTINGS = "settings"
+_WHO = "simulation"
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,13 @@ def read_sites(datasets: Sequence[str]) -> list[LocalSite]:
         datasets: ids or names of raw datasets.
 
     Raises:
-        UsageRefusal: for unknown datasets, the same twice, and datasets that differ in what a network sees.
+        UsageRefusal: for unknown datasets, the same twice, patients at two sites (as far as ``origin`` knows), and
+            datasets that differ in what a network sees.
     """
     raw = [read_raw(raw_folder(dataset)) for dataset in datasets]
     if len({dataset.folder for dataset in raw}) < len(raw) or not raw:
         raise UsageRefusal("--datasets should name each site's own dataset, once: for instance --datasets 301 302")
+    refuse_shared_patients(raw)
     for dataset in raw[1:]:
         mine, first = public_part(dict(dataset.description)), public_part(dict(raw[0].description))
         different = [key for key in sorted({*mine, *first}) if mine.get(key) != first.get(key)]
@@ -134,20 +140,29 @@ def simulate(asked: Simulation, options: Any, say: Say, progress: Progress | Non
 
     Raises:
         UsageRefusal: before anything starts.
-        Refusal: when the run ended otherwise than by finishing.
+        Refusal: when another simulation works in the folder, and when the run ended otherwise than by finishing.
     """
     refuse_without_flower()
-    return _decide_and_run(_new_folder(asked.folder), asked, options, say, progress)
+    folder, sites = _new_folder(asked.folder), _sites_of(asked, options)
+    with alone_in(folder, _WHO):
+        _clear(folder)
+        return _decide_and_run(folder, asked, options, sites, say, progress)
 
 
-def _decide_and_run(folder: Path, asked: Simulation, options: Any, say: Say, progress: Progress | None) -> Path:
+def _sites_of(asked: Simulation, options: Any) -> list[LocalSite]:
+    sites = read_sites(asked.datasets)
+    options.refuse_senseless(len(sites))
+    _refuse_weights(options.weights, sites)
+    return sites
+
+
+def _decide_and_run(
+    folder: Path, asked: Simulation, options: Any, sites: Sequence[LocalSite], say: Say, progress: Progress | None
+) -> Path:
     from nnunet_dp.federated.new_run import Sites, find_plans, make_run
     from nnunet_dp.federated.new_survey import plans_by_survey
     from nnunet_dp.nnunet_federated import default_configuration
 
-    sites = read_sites(asked.datasets)
-    options.refuse_senseless(len(sites))
-    _refuse_weights(options.weights, sites)
     described = public_part(dict(sites[0].dataset.description))
     configuration = options.configuration or default_configuration(described)
     names = [site.dataset.folder.name for site in sites]
@@ -192,11 +207,15 @@ def resume(folder: Path, say: Say, progress: Progress | None = None) -> Path:
     from nnunet_dp.federated.new_run import CONFIG
     from nnunet_dp.federated.new_survey import BEGUN, read_begun
 
-    if (folder / BEGUN).is_file() and not (folder / CONFIG).is_file():
-        return _decide_and_run(folder, *read_begun(folder, Simulation), say, progress)
-    if not (folder / CONFIG).is_file() or not any((folder / SETTINGS).glob("*.toml")):
+    surveying = (folder / BEGUN).is_file() and not (folder / CONFIG).is_file()
+    begun = (folder / CONFIG).is_file() and any((folder / SETTINGS).glob("*.toml"))
+    if not surveying and not begun:
         raise UsageRefusal(f"{folder.name} should be the folder of a simulation, found no {CONFIG}: leave --resume out")
-    return run_to_the_end(folder, say)
+    with alone_in(folder, _WHO):
+        if begun:
+            return run_to_the_end(folder, say)
+        asked, options = read_begun(folder, Simulation)
+        return _decide_and_run(folder, asked, options, _sites_of(asked, options), say, progress)
 
 
 def run_to_the_end(folder: Path, say: Say) -> Path:
@@ -239,11 +258,21 @@ def _new_folder(folder: Path | None) -> Path:
     import secrets
 
     made = folder or nnunet_folder("results") / "federated_runs" / f"run_{secrets.token_hex(4)}"
-    if made.exists() and any(file.name != SETTINGS for file in made.iterdir()):  # settings alone: nothing was decided
-        raise UsageRefusal(f"{made.name} should be a new folder, found files: --resume goes on with a run")
-    for file in (made / SETTINGS).glob("*.toml"):  # of an attempt with other sites, who would take part
-        file.unlink()
+    _refuse_used(made)
     return made.resolve()
+
+
+def _refuse_used(folder: Path) -> None:
+    undecided = (SETTINGS, lock_of(_WHO))
+    if folder.exists() and any(file.name not in undecided for file in folder.iterdir()):
+        raise UsageRefusal(f"{folder.name} should be a new folder, found files: --resume goes on with a run")
+
+
+def _clear(folder: Path) -> None:
+    """Without what an attempt with other sites left, who would take part; the folder is held."""
+    _refuse_used(folder)
+    for file in (folder / SETTINGS).glob("*.toml"):
+        file.unlink()
 
 
 def device_of(name: str) -> Any:

@@ -2,7 +2,7 @@
 
     query         declared name, public part of dataset.json, versions; imports neither torch nor nnU-Net
     fingerprint   noised votes on spacing, size and intensities, charged first (``site_fingerprint``)
-    prepare       plans are admitted (a closed list), the site's cases preprocessed with them
+    prepare       plans are admitted (a closed list), the budget is looked at, the site's cases are preprocessed
     train         the site's own private plan, its ledger, its local steps (``site_round``)
 
 ``handle`` never raises. What went wrong is one word of ``Code``; the reason goes to ``federated_log.txt`` in the
@@ -11,8 +11,9 @@ dataset's results folder, which never leaves the site.
 Formal guarantee:
     A reply is a function of the request, of the site's settings, of public facts about its dataset (its description,
     the unit's name, the size of delta), of whether its images could be measured, and preprocessed with each of at most
-    ``max_plans`` plans, and of releases that its ledger was charged for first; in the modes without a guarantee, which
-    the site's settings must allow, of its data. How long a reply takes is not part of it.
+    ``max_plans`` plans, of whether its ledger has room for a run's first step (the charges in it are public numbers),
+    and of releases that its ledger was charged for first; in the modes without a guarantee, which the site's settings
+    must allow, of its data. How long a reply takes is not part of it.
 
 Design note: Flower starts a process per message and may send one twice. Nothing lives in memory; whoever comes while
 another message is worked on is told ``busy``.
@@ -130,6 +131,9 @@ def _prepare(request: PrepareRequest, settings: SiteSettings) -> Answer:
     store, sha256, configuration = Store.of(settings), request.plans_sha256, request.configuration
     if json_sha256(request.plans) != sha256:
         raise Declined(Code.malformed, "the plans do not have the hash that the message gives")
+    new = None if store.run_record(request.run) else request.terms  # one that has begun is answered round by round
+    if new is not None:
+        _refuse_settings(new.mode, new.epsilon, settings)
     own = store.dataset_json()
     refuse_other_description(own, request.dataset_json)
     try:
@@ -137,12 +141,15 @@ def _prepare(request: PrepareRequest, settings: SiteSettings) -> Answer:
     except Refusal as refusal:
         raise Declined(Code.plans_mismatch, str(refusal)) from None
     with store.held(), settings.as_environment():
+        from nnunet_dp.federated.site_budget import refuse_spent
         from nnunet_dp.nnunet_site import find_units, preprocess, refuse_other_reading
 
         try:
             refuse_other_reading(plans, configuration, own)
         except Refusal as refusal:
             raise Declined(Code.plans_mismatch, str(refusal)) from None
+        if new is not None:
+            refuse_spent(new, settings, store)
         if not store.is_prepared(sha256, configuration):
             store.note_attempt(sha256, configuration, settings.max_plans)
             preprocess(plans, configuration, store.raw, store.preprocessed, settings.processes)

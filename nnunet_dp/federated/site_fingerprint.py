@@ -24,13 +24,13 @@ from nnunet_dp.accounting import PrivacyBudget
 from nnunet_dp.charges import FINGERPRINT, LedgerError, epsilon_of
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.federated.protocol import Code, FingerprintRequest
-from nnunet_dp.federated.raw_dataset import PATIENTS, read_raw
+from nnunet_dp.federated.site_budget import fits, raw_units
 from nnunet_dp.federated.site_settings import SiteSettings
 from nnunet_dp.federated.site_store import Declined, Store, fingerprint_run
 from nnunet_dp.fingerprint import Ballot, mechanism_for, release
 from nnunet_dp.ledger import Ledger
 from nnunet_dp.nnunet_fingerprint import ballot_for, measure
-from nnunet_dp.nnunet_site import own_delta
+from nnunet_dp.nnunet_site import run_budget
 from nnunet_dp.patients import Patients
 from nnunet_dp.plans import json_sha256
 from nnunet_dp.run import RunFolder
@@ -53,9 +53,8 @@ def release_fingerprint(request: FingerprintRequest, settings: SiteSettings, sto
     Raises:
         Declined: with the code for the coordinator.
     """
-    patients = _units(settings, store)
-    delta = min(own_delta(settings, patients), request.delta or 1.0)
-    budget = PrivacyBudget(epsilon=request.epsilon, delta=delta, unit=patients.unit)
+    patients = raw_units(settings, store)
+    budget = run_budget(request.epsilon, request.delta, settings, patients)
     asked = request.model_dump(mode="json", exclude={"protocol", "run", "dataset_json"})
     released = store.fingerprint(request.run)
     if released is None and store.run_record(request.run) is not None:
@@ -67,13 +66,6 @@ def release_fingerprint(request: FingerprintRequest, settings: SiteSettings, sto
     else:
         raise Declined(Code.malformed, "this run's fingerprint was asked for with other numbers before")
     return {"run": request.run, **_spent(request, budget)}, {VOTES: votes}
-
-
-def _units(settings: SiteSettings, store: Store) -> Patients:
-    """The units that a training would have: a table kept in the preprocessed folder counts, too."""
-    kept = store.preprocessed / PATIENTS
-    named = settings.patients_file or (kept if kept.is_file() and not (store.raw / PATIENTS).is_file() else None)
-    return read_raw(store.raw, named, settings.patients_column).patients
 
 
 def _released(
@@ -95,7 +87,7 @@ def _released(
         charge = mechanism.charge(FINGERPRINT, step=None)
 
         def refuse_beyond_budget() -> None:
-            if epsilon_of([*ledger.entries, charge], own_delta(settings, patients)) > settings.max_epsilon:
+            if not fits(ledger.entries, [charge], settings, patients):
                 raise BudgetRefusal("the fingerprint does not fit the dataset's budget")
 
         refuse_beyond_budget()

@@ -34,6 +34,7 @@ from nnunet_dp.dpsgd import PrivacyPlan
 from nnunet_dp.errors import BudgetRefusal, Refusal
 from nnunet_dp.federated.local import LocalTraining, make_training, schedule_of
 from nnunet_dp.federated.protocol import Arrays, Code, Mode, Terms, TrainRequest
+from nnunet_dp.federated.site_budget import fits
 from nnunet_dp.federated.site_settings import SiteSettings
 from nnunet_dp.federated.site_store import (
     FREE_TRAINER,
@@ -239,8 +240,7 @@ class _Run:
         """Whether one more step keeps the dataset's total within the site's own settings."""
         if self.ledger is None:
             return True
-        delta = nnunet_site.own_delta(self.settings, self.model.patients)
-        return epsilon_of([*self.ledger.entries, *self.training.next_charges], delta) <= self.settings.max_epsilon
+        return fits(self.ledger.entries, self.training.next_charges, self.settings, self.model.patients)
 
     def _spent(self) -> dict[str, Any]:
         if self.ledger is None:

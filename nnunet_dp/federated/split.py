@@ -14,9 +14,9 @@ dirichlet  unequal in size and kind: patients are grouped by how much foreground
 >>> sorted(map(len, sites)), sorted(name for site in sites for name in site)
 ([2, 3], ['anna', 'bert', 'cleo', 'dora', 'emil'])
 
-The new datasets are ordinary raw datasets of nnU-Net, with ``patients.csv``; images are hard links where the file
-system has them, so they take no room, and copies elsewhere. Whoever writes into a linked image changes the original:
-where sites are to be altered, ask for copies.
+The new datasets are ordinary raw datasets of nnU-Net, with ``patients.csv`` and a note of where they came from
+(``origin``); images are hard links where the file system has them, so they take no room, and copies elsewhere. Whoever
+writes into a linked image changes the original: where sites are to be altered, ask for copies.
 
 Design note: this is a tool for experiments. Equal sizes and foreground shares are functions of everybody's data, so
 which site a patient went to is no public fact of the original dataset; in each site's own dataset the slots are fixed
@@ -29,6 +29,7 @@ import hashlib
 import hmac
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,8 +39,9 @@ from typing import Any, Literal
 import numpy as np
 
 from nnunet_dp.errors import UsageRefusal
+from nnunet_dp.federated.origin import Part, read_origin, write_origin
 from nnunet_dp.federated.raw_dataset import PATIENTS, CaseFiles, RawDataset, raw_folder, read_raw, training_patients
-from nnunet_dp.patients import Patients, write_canonical
+from nnunet_dp.patients import Patients, read_columns, write_canonical
 
 SIZE_GROUPS = 4  # of patients, by their foreground; each is divided by its own draw
 Way = Literal["random", "column", "dirichlet"]
@@ -72,11 +74,8 @@ class Dealing:
         Raises:
             UsageRefusal: saying which to give.
         """
-        if (self.way == "column") != (self.column is not None):
-            raise UsageRefusal(
-                "--by column and --column NAME go together: name a column of patients.csv (its first line lists them), "
-                "or neither"
-            )
+        if self.way != "column" and self.column is not None:
+            raise UsageRefusal(f"--column {self.column} goes with --by column: give both, or neither")
         if self.sites is None and self.way != "column":
             raise UsageRefusal("the number of sites should be given: --sites 4")
         if self.sites is not None and self.sites < 2:
@@ -164,6 +163,12 @@ def _deal_by_column(
     dataset: RawDataset, slots: Mapping[str, tuple[str, ...]], dealing: Dealing, patients_file: Path | None
 ) -> tuple[list[list[str]], list[str]]:
     table = patients_file or dataset.folder / PATIENTS
+    known = read_columns(table)
+    if dealing.column not in known:
+        raise UsageRefusal(
+            f"--by column should come with --column NAME, a column of {table.name}, found {dealing.column}; there are: "
+            f"{', '.join(known) or 'none (its first line should name them: case,patient,scanner)'}"
+        )
     values = read_raw(dataset.folder, table, dealing.column).patients.case_to_patient
     seen = {patient: {values[case] for case in cases} for patient, cases in slots.items()}
     torn = sum(len(found) > 1 for found in seen.values())
@@ -239,8 +244,9 @@ def split_dataset(
     dealt, values = deal(source, slots, dealing, patients_file)
     folders = _free_folders(source, first_id, len(dealt))
     owned = [{patient: slots[patient] for patient in mine} for mine in dealt]
+    origins = _origins(source, len(dealt))
     try:
-        return [_write_site(source, *one, links) for one in zip(folders, owned, values, strict=True)]
+        return [_write_site(source, *one, links) for one in zip(folders, owned, values, origins, strict=True)]
     except BaseException:  # all of them or none
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
@@ -265,12 +271,23 @@ def _free_folders(source: RawDataset, first_id: int, sites: int) -> list[Path]:
     return [base / f"Dataset{n:03d}_{source.title}Site{k}" for k, n in enumerate(numbers, start=1)]
 
 
+def _origins(source: RawDataset, sites: int) -> list[list[Part]]:
+    """Of what each site's dataset is a part: of this split, and of what the source is a part of."""
+    older, split = read_origin(source.folder), secrets.token_hex(8)
+    return [[*older, Part(parent=source.folder.name, split=split, site=k)] for k in range(1, sites + 1)]
+
+
 def _partial(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
 
 def _write_site(
-    source: RawDataset, folder: Path, slots: Mapping[str, tuple[str, ...]], value: str, links: bool
+    source: RawDataset,
+    folder: Path,
+    slots: Mapping[str, tuple[str, ...]],
+    value: str,
+    origin: Sequence[Part],
+    links: bool,
 ) -> SiteDataset:
     partial = _partial(folder)
     for part in ("imagesTr", "labelsTr"):
@@ -284,6 +301,7 @@ def _write_site(
     )
     if mine.unit != "case":
         write_canonical(mine, partial / PATIENTS)
+    write_origin(origin, partial)
     (partial / "dataset.json").write_text(json.dumps(_description(source, folder, len(cases)), indent=1) + "\n")
     partial.rename(folder)
     return SiteDataset(folder, mine.number, mine.unit, len(cases), value)

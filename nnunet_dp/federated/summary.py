@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from nnunet_dp.accounting import PrivacyBudget
+from nnunet_dp.card_words import not_covered_rows
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.protocol import Mode
 from nnunet_dp.federated.site_store import fingerprint_run, released_without_guarantee
@@ -162,7 +163,7 @@ class Summary:
             ("rounds", f"{self.rounds}{target}; {state}"),
             *([("model", str(self.model_folder))] if self.model_folder else []),
             *self.inputs.items(),
-            ("NOT covered", "; ".join(self.not_covered)),
+            *not_covered_rows(self.not_covered),
         ]
 
 
