@@ -37,6 +37,7 @@ from dp_morph import METRICS, Judged, fixed_menu, judged, measure_model
 
 from nnunet_dp.bootstrap import paired_bootstrap
 from nnunet_dp.morphology import Morphology
+from nnunet_dp.plans import read_section
 from nnunet_dp.status import read_status
 
 TRAINERS = {
@@ -63,7 +64,7 @@ class Setup:
         delta: of the budget.
         plan: further options of ``nnunet-dp plan``, for all rules alike.
         draw: options of ``nnunet-dp phantom``; none for a real dataset.
-        pretrain: options of ``nnunet-dp pretrain``; none takes the plan's own recipe.
+        start: kind, batches and number of the phantoms that the public start learns from; None is the plan's own.
     """
 
     dataset: str
@@ -72,19 +73,19 @@ class Setup:
     delta: float = 1e-5
     plan: str = ""
     draw: str = ""
-    pretrain: str = ""
+    start: tuple[str, int, int] | None = None
 
 
 SETUPS = {
     "layers": Setup(
         "431", "2d", plan="--set features_per_stage=8,16,32,32",
         draw="--kind layers --patients 125 --seed 31 --id 431 --shape 48,64",
-        pretrain="--phantom shapes --iterations 600 --images 200",
+        start=("shapes", 600, 200),
     ),
     "ct_kidney": Setup(
         "432", "3d_fullres", plan="--set features_per_stage=8,16,32",
         draw="--kind ct_kidney --patients 125 --seed 32 --id 432 --shape 24,32,32",
-        pretrain="--phantom shapes --iterations 600 --images 200",
+        start=("shapes", 600, 200),
     ),
     "hippocampus": Setup("4", "3d_fullres", "nnUNetPlansPublic", 1e-4),
     "isic2017": Setup(
@@ -137,9 +138,7 @@ def run(name: str, epsilon: float, rule: str, repeat: int, options: argparse.Nam
     )  # fmt: skip
     plans = row.plans_name(epsilon, repeat, "study")
     row.plan(plans, epsilon)
-    if setup.pretrain:
-        where = ("-d", setup.dataset, "-c", setup.configuration, "-p", plans, "-device", options.device)
-        shell("nnunet-dp", "pretrain", *where, *shlex.split(setup.pretrain))
+    pretrain(setup, row.folder / f"{plans}.json", options.device)
     fold = row.train(plans) / "fold_0"
     model, spent = judged(fold), read_status(fold).as_dict()
     found = measure_model(model, refinements(model), 1)
@@ -148,6 +147,18 @@ def run(name: str, epsilon: float, rule: str, repeat: int, options: argparse.Nam
         "epsilon_spent": spent["epsilon_spent"], "delta": spent["delta"], "unit": spent["unit"],
         "seconds": round(time.time() - began), **found,
     }  # fmt: skip
+
+
+def pretrain(setup: Setup, plans: Path, device: str) -> None:
+    """Write the study's start into the plans, before the first of the rules trains by them."""
+    section = read_section(json.loads(plans.read_text()))
+    assert section is not None
+    known = section.configurations[setup.configuration].start
+    if setup.start is None or (known is not None and known.kinds == (setup.start[0],)):
+        return
+    kind, iterations, images = setup.start
+    where = ("-d", setup.dataset, "-c", setup.configuration, "-p", plans.stem, "-device", device)
+    shell("nnunet-dp", "pretrain", *where, "--phantom", kind, "--iterations", iterations, "--images", images)
 
 
 def refinements(model: Judged) -> dict[str, Morphology]:
