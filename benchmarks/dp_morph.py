@@ -89,8 +89,9 @@ class Judged:
         return self.unrefined.with_operations([operations] * len(self.unrefined.classes))
 
     def learnt(self) -> Morphology:
-        """What the run's private vote allowed."""
-        return read_morphology(self.fold / "morphology.json")
+        """What the run's private vote allowed; nothing, where too few could be heard and none was taken."""
+        file = self.fold / "morphology.json"
+        return read_morphology(file) if file.is_file() else self.unrefined
 
 
 def judged(fold: Path) -> Judged:
