@@ -52,8 +52,19 @@ def checked(content: Any) -> dict[str, Any]:
 
 def known_labels(description: Mapping[str, Any]) -> set[int]:
     """All integers that dataset.json gives a name, regions' parts and the ignore label included."""
-    values = description["labels"].values()
-    return {int(one) for value in values for one in (value if isinstance(value, (list, tuple)) else [value])}
+    return {one for value in description["labels"].values() for one in integers_of(value)}
+
+
+def integers_of(label: Any) -> tuple[int, ...]:
+    """The integers of a label, or of a region of several.
+
+    Raises:
+        TypeError, ValueError: for what is no integer, such as 0.7 or an infinity, and for a region of none.
+    """
+    several = label if isinstance(label, (list, tuple)) else (label,)
+    if not several or any(isinstance(one, float) and not one.is_integer() for one in several):
+        raise ValueError("a label should be an integer, or a region of several")
+    return tuple(int(one) for one in several)
 
 
 def channels(description: Mapping[str, Any]) -> int:

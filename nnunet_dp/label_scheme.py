@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from nnunet_dp.description import integers_of
 from nnunet_dp.errors import UsageRefusal
 
 
@@ -119,8 +120,8 @@ def scheme_from(dataset_json: Mapping[str, Any], source: str) -> LabelScheme:
         dataset_json: its content; whatever is wrong with it raises what Python raises.
         source: where it was read, for people.
     """
-    named = {name: _integers_of(value) for name, value in dataset_json["labels"].items()}
-    ignored = int(dataset_json["labels"]["ignore"]) if "ignore" in named else None
+    named = {name: integers_of(value) for name, value in dataset_json["labels"].items()}
+    ignored = named["ignore"][0] if "ignore" in named else None
     regions = any(len(labels) > 1 for labels in named.values())
     classes = tuple(
         SegmentedClass(name if regions else str(labels[0]), name, labels)
@@ -128,7 +129,3 @@ def scheme_from(dataset_json: Mapping[str, Any], source: str) -> LabelScheme:
         if name != "ignore" and set(labels) != {0}
     )
     return LabelScheme(source, classes, ignored, dataset_json.get("file_ending"))
-
-
-def _integers_of(value: Any) -> tuple[int, ...]:
-    return tuple(int(label) for label in value) if isinstance(value, list) else (int(value),)

@@ -29,6 +29,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from nnunet_dp.description import integers_of
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.replacing import replacing
 
@@ -179,9 +180,7 @@ def classes_from(dataset_json: Mapping[str, Any]) -> Morphology:
     """
     named = {name: label for name, label in dataset_json["labels"].items() if name not in ("background", "ignore")}
     regions = any(isinstance(label, list | tuple) and len(label) > 1 for label in named.values())
-    sets = [
-        tuple(int(part) for part in (label if isinstance(label, list | tuple) else [label])) for label in named.values()
-    ]
+    sets = [integers_of(label) for label in named.values()]
     order = [int(label) for label in dataset_json.get("regions_class_order", ())]
     order = order if regions else [labels[0] for labels in sets]
     if len(order) != len(sets):
@@ -190,10 +189,9 @@ def classes_from(dataset_json: Mapping[str, Any]) -> Morphology:
         ClassRefinement(name=name, labels=labels, writes=writes)
         for name, labels, writes in zip(named, sets, order, strict=True)
     ]
-    ignore = dataset_json["labels"].get("ignore")
-    return Morphology(
-        kind="fixed", regions=regions, ignore_label=None if ignore is None else int(ignore), classes=tuple(classes)
-    )
+    ignored = dataset_json["labels"].get("ignore")
+    ignore_label = None if ignored is None else integers_of(ignored)[0]
+    return Morphology(kind="fixed", regions=regions, ignore_label=ignore_label, classes=tuple(classes))
 
 
 def agreed(several: Sequence[Morphology]) -> Morphology:

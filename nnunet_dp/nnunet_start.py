@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from nnunet_dp import randomisation
 from nnunet_dp.declared_weights import refuse_charged_weights
-from nnunet_dp.description import read_description
+from nnunet_dp.description import integers_of, read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.forecast import machine_memory_bytes, measure
 from nnunet_dp.nnunet import autocast, file_sha256, model_folder, preprocessed_folder
@@ -312,7 +312,7 @@ def planned_loss(
     kind: Any = MemoryEfficientSoftDiceLoss
     make = partial(DC_and_BCE_loss, {}, dice) if labels.has_regions else partial(DC_and_CE_loss, dice, {})
     single = make(dice_class=kind)
-    regions = [_values(region) for region in labels.foreground_regions] if labels.has_regions else None
+    regions = [list(integers_of(region)) for region in labels.foreground_regions] if labels.has_regions else None
 
     def loss(outputs: Any, target: Tensor) -> Tensor:
         outputs = [output.float() for output in outputs]
@@ -321,10 +321,6 @@ def planned_loss(
         return DeepSupervisionWrapper(single, weights / weights.sum())(outputs, targets)
 
     return loss
-
-
-def _values(region: Any) -> list[int]:
-    return [int(value) for value in region] if isinstance(region, (list, tuple)) else [int(region)]
 
 
 def _target(labels: Tensor, shape: torch.Size, regions: list[list[int]] | None) -> Tensor:
