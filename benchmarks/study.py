@@ -13,7 +13,9 @@ that refinements pair up case by case; the morphology inside the network (``auto
 Phantoms are drawn by the command itself; their start is learnt from shapes, not from phantoms of their own kind. For
 the real datasets nnU-Net's three folders must be set, with the dataset preprocessed by public plans. One row a run is
 added to WORK/study.jsonl (Dice, HD95, NSD of every held-out case); what stands there is not run again, and a training
-that was interrupted goes on. ``--summary`` prints the tables: 95 % intervals over patients, each with all its repeats.
+that was interrupted goes on. ``--summary`` prints the tables. Refinements are compared on the same predictions: 95 %
+intervals over patients, each with all its repeats. Rules are compared between trainings, and trainings differ by their
+noise: their 95 % intervals are Welch's, over runs.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ import numpy as np
 import torch
 from accuracy import DRAWS, Row, shell
 from dp_morph import METRICS, Judged, fixed_menu, judged, measure_model
+from scipy.stats import ttest_ind
 
 from nnunet_dp.bootstrap import paired_bootstrap
 from nnunet_dp.morphology import Morphology
@@ -182,37 +185,50 @@ def summary(found: Sequence[Run]) -> Iterator[str]:
     for each in found:
         groups.setdefault((each["study"], each["epsilon"], each["rule"]), []).append(each)
     order = sorted(groups, key=lambda key: (key[0], key[1], list(TRAINERS).index(key[2])))
-    yield "| dataset | epsilon | rule | runs | Dice | HD95 | NSD | Dice over flat clipping, 95 % interval |"
+    yield "| dataset | epsilon | rule | runs | Dice | HD95 | NSD | Dice over flat clipping, interval over runs |"
     yield "|---|---|---|---|---|---|---|---|"
     for name, epsilon, rule in order:
         mine, flat = groups[name, epsilon, rule], groups.get((name, epsilon, BASELINE), [])
         cells = [_spread(mine, "none", metric) for metric in METRICS]
-        over = _over(mine, "none", flat, "none", "dice") if rule != BASELINE else ""
+        over = _between(mine, flat) if rule != BASELINE else ""
         yield f"| {name} | {epsilon:g} | {rule} | {len(mine)} | {' | '.join(cells)} | {over} |"
     yield ""
     yield "| dataset | epsilon | rule | refinement | Dice over none | HD95 over none | NSD over none |"
     yield "|---|---|---|---|---|---|---|"
     for (name, epsilon, rule), refinement in product(order, REFINEMENTS[1:]):
         mine = groups[name, epsilon, rule]
-        cells = [_over(mine, refinement, mine, "none", metric) for metric in METRICS]
+        cells = [_over_none(mine, refinement, metric) for metric in METRICS]
         yield f"| {name} | {epsilon:g} | {rule} | {refinement} | {' | '.join(cells)} |"
 
 
 def _spread(runs: Sequence[Run], refinement: str, metric: str) -> str:
     """Mean over cases and classes: mean and standard deviation over runs."""
-    told = [_interval(_values([each], refinement), each["patient"], metric)[0] for each in runs]
+    told = _means(runs, refinement, metric)
     deviation = f" ± {stdev(told):.3f}" if len(told) > 1 else ""
     return f"{mean(told):.3f}{deviation}"
 
 
-def _over(mine: Sequence[Run], refinement: str, theirs: Sequence[Run], other: str, metric: str) -> str:
-    """Difference of means on the same cases, as many repeats of both; interval over patients."""
-    number = min(len(mine), len(theirs))
-    if not number:
+def _means(runs: Sequence[Run], refinement: str, metric: str) -> list[float]:
+    """Mean over cases and classes of each run."""
+    return [_interval(_values([each], refinement), each["patient"], metric)[0] for each in runs]
+
+
+def _between(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
+    """Difference of two rules' Dice; with several runs of both Welch's interval for other noise."""
+    if not theirs:
         return ""
-    pairs = np.stack([_values(mine[:number], refinement), _values(theirs[:number], other)])
-    patients = [patient for each in mine[:number] for patient in each["patient"]]
-    middle, low, high = _interval(pairs, patients, metric)
+    ours, others = _means(mine, "none", "dice"), _means(theirs, "none", "dice")
+    told = f"{mean(ours) - mean(others):+.3f}"
+    if min(len(ours), len(others)) < 2:
+        return told
+    low, high = ttest_ind(ours, others, equal_var=False).confidence_interval(0.95)
+    return f"{told} [{low:+.3f}, {high:+.3f}]"
+
+
+def _over_none(runs: Sequence[Run], refinement: str, metric: str) -> str:
+    """What a refinement changes on the same predictions; interval over patients."""
+    pairs = np.stack([_values(runs, refinement), _values(runs, "none")])
+    middle, low, high = _interval(pairs, [patient for each in runs for patient in each["patient"]], metric)
     return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -234,10 +250,7 @@ def _interval(values: np.ndarray, patients: Sequence[int], metric: str) -> tuple
 def compact(each: Run) -> Run:
     """The row without its cases: what docs/results/study.jsonl keeps."""
     shown = {k: v for k, v in each.items() if k not in ("values", "patient")}
-    for refinement in REFINEMENTS:
-        means = {m: round(_interval(_values([each], refinement), each["patient"], m)[0], 4) for m in METRICS}
-        shown[refinement] = means
-    return shown
+    return shown | {one: {m: round(_means([each], one, m)[0], 4) for m in METRICS} for one in REFINEMENTS}
 
 
 def main() -> None:

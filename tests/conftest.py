@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, settings
 # Before torch is imported anywhere, and inherited by the subprocesses of the door tests.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
-# How fast examples are drawn depends on what else the machine does; it says nothing about the code. The same ones every
-# time, so that a change is judged by what it changes; HYPOTHESIS_PROFILE=explore draws others, to look for what is left.
+# How fast examples are drawn depends on what else the machine does; it says nothing about the code. The same ones at
+# every run, so that a change is judged by what it changes; HYPOTHESIS_PROFILE=explore draws others.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.register_profile("explore", settings.get_profile("default"), derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
