@@ -31,6 +31,7 @@ from typing import Any
 from nnunet_dp.archive import pack
 from nnunet_dp.card import Card, upwards
 from nnunet_dp.card_page import Described, predict_command, rendered
+from nnunet_dp.card_words import not_covered_rows
 from nnunet_dp.claim import Claim, ledger_claim
 from nnunet_dp.description import read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
@@ -106,7 +107,7 @@ class Exported:
             ("archive", str(self.file)),
             ("claim", self.card.claim),
             ("epsilon", f"{upwards(self.card.epsilon)} at delta {self.card.delta:g} per {self.card.unit}"),
-            ("NOT covered", "; ".join(self.card.not_covered)),
+            *not_covered_rows(self.card.not_covered),
             ("holds", ", ".join(self.files)),
             ("next", f"nnunet-dp verify {self.file.name}; then, where it is used{self._needed}:"),
             ("", f"nnUNetv2_install_pretrained_model_from_zip {self.file.name}"),

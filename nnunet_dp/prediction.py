@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunet_dp import nnunet
+from nnunet_dp.description import FILE, channels, read_description
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.federated.summary import FEDERATED
 from nnunet_dp.learning import rules_of
 from nnunet_dp.morphology import read_morphology
-from nnunet_dp.refined_folder import read_description, refine_folder
+from nnunet_dp.refined_folder import refine_folder
 from nnunet_dp.workers import Progress
 
 
@@ -33,7 +34,7 @@ def predict(
         A sentence about what was done.
 
     Raises:
-        UsageRefusal: before predicting, when the model has no rules.
+        UsageRefusal: before predicting, when the model has no rules, or the folder no images of its channels.
     """
     known = _prediction_arguments(arguments)
     if not refining or known is None:
@@ -44,11 +45,12 @@ def predict(
     morphology = read_morphology(rules) if rules else rules_of(model, known.f)
     if morphology is None:
         raise UsageRefusal(_without_rules(model, known))
+    description = read_description(model / FILE)
+    ending = description["file_ending"]
+    cases = _cases(Path(known.i), ending, channels(description))
     output = Path(known.o)
     nnunet.predict(list(arguments))
-    description = read_description(output, None)
-    cases = nnunet.input_cases(Path(known.i), description["file_ending"])[known.part_id :: known.num_parts]
-    mine = [case + description["file_ending"] for case in cases]
+    mine = [case + ending for case in cases[known.part_id :: known.num_parts]]
     if not mine:
         return "Refined 0 predictions: this part has no images."
     done = refine_folder(output, output, morphology, only=mine, processes=known.nps, progress=progress)
@@ -62,6 +64,23 @@ def _refuse_untrained(model: Path, folds: Sequence[str]) -> None:
     missing = [fold for fold in folds if fold not in trained]
     if missing:
         raise UsageRefusal(f"{model.name} has no fold {', '.join(missing)}: give -f {' '.join(trained)}")
+
+
+def _cases(images: Path, ending: str, channels: int) -> list[str]:
+    """Names of the cases in a folder of images; refused where nnU-Net would find none, or too few files of one."""
+    endings = [f"_{channel:04}{ending}" for channel in range(channels)]
+    if not images.is_dir():
+        raise UsageRefusal(f"-i {images} should be a folder of images named CASE{endings[0]}; there is no such folder")
+    found = {file.name for file in images.iterdir()}
+    cases = nnunet.input_cases(images, ending)
+    if not cases:
+        raise UsageRefusal(f"-i {images} should hold images named CASE{endings[0]}; found {len(found)} other files")
+    lacking = sum(any(case + one not in found for one in endings) for case in cases)
+    if lacking:
+        raise UsageRefusal(
+            f"-i {images} should hold {' and '.join(endings)} of every case; {lacking} of {len(cases)} cases lack one"
+        )
+    return cases
 
 
 def _without_rules(model: Path, known: argparse.Namespace) -> str:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunet_dp.description import read_description
 from nnunet_dp.errors import UsageRefusal
 from nnunet_dp.morphology import FILE, Closing, Morphology, Opening, classes_from, write_morphology
 from nnunet_dp.nnunet_files import SegmentationFiles, as_labels
@@ -57,7 +58,7 @@ def refine_folder(
     Raises:
         UsageRefusal: for a folder without predictions or dataset.json, or rules made for other classes.
     """
-    description = read_description(source, dataset_json)
+    description = _description(source, dataset_json)
     refuse_other_classes(morphology, description)
     if morphology.kind == "not_private":
         raise UsageRefusal("these rules were learnt from masks without noise, for comparison only: learn private ones")
@@ -74,16 +75,12 @@ def refine_folder(
     return len(names)
 
 
-def read_description(source: Path, dataset_json: Path | None) -> dict[str, Any]:
-    """The dataset.json that goes with a folder of predictions.
-
-    Raises:
-        UsageRefusal: where there is none.
-    """
+def _description(source: Path, dataset_json: Path | None) -> dict[str, Any]:
+    """The dataset.json that goes with a folder of predictions; refused where there is none, or none of nnU-Net's."""
     file = dataset_json or source / "dataset.json"
     if not file.is_file():
         raise UsageRefusal(f"{source} holds no dataset.json: name the dataset's own with --dataset-json FILE")
-    return json.loads(file.read_text())
+    return read_description(file)
 
 
 def refuse_other_classes(morphology: Morphology, dataset_json: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunet_dp.accounting import PrivacyBudget
+from nnunet_dp.card_words import not_covered_rows
 from nnunet_dp.charges import LedgerEntry, epsilon_of
 from nnunet_dp.sections import FingerprintPlan, MorphologyPlan, PrivacySection, covered, not_covered
 
@@ -39,7 +40,7 @@ def describe(section: PrivacySection, configuration: str, units: int | None) -> 
         ("public start", plan.start.describe() if plan.start else "none: random weights"),
         *([("SET BY HAND", f"{', '.join(plan.by_hand)} (noise calibrated to the target)")] if plan.by_hand else []),
         ("covers", "; ".join(covered(section, configuration))),
-        ("NOT covered", "; ".join(not_covered(section, configuration))),
+        *not_covered_rows(not_covered(section, configuration)),
         *([("NOTE", CASE_NOTE)] if budget.unit == "case" else []),
     ]
 

@@ -28,6 +28,7 @@ from nnunet_dp import FEDERATED_TRAINER, __version__
 from nnunet_dp.archive import unpack
 from nnunet_dp.card import Card, miscounted, upwards
 from nnunet_dp.card_page import Described, rendered
+from nnunet_dp.card_words import not_covered_rows
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.figures import misdrawn
 from nnunet_dp.inference_plans import CT, DatasetDescription, InferencePlans, canonical_json, faults
@@ -112,7 +113,7 @@ def _claim(card: Card) -> list[tuple[str, str]]:
     rows = [("claim", card.claim), ("epsilon", f"{upwards(card.epsilon)} at delta {card.delta:g} per {card.unit}")]
     reported = [str(row.site) for row in card.sites if row.counted == "as reported"]
     rows += [("NOT recounted", f"sites {', '.join(reported)}: only they have their ledgers")] if reported else []
-    return [*rows, ("covers", "; ".join(card.covers)), ("NOT covered", "; ".join(card.not_covered))]
+    return [*rows, ("covers", "; ".join(card.covers)), *not_covered_rows(card.not_covered)]
 
 
 def verify(file: Path) -> Verified:

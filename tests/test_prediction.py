@@ -22,7 +22,8 @@ from nnunet_dp.morphology import FILE, FillHoles, KeepLargest, Morphology, Openi
 from nnunet_dp.prediction import predict
 from nnunet_dp.refinement import refine
 
-DATASET_JSON = {"labels": {"background": 0, "front": 1, "back": 2}, "file_ending": ".nii.gz"}
+LABELS = {"background": 0, "front": 1, "back": 2}
+DATASET_JSON = {"channel_names": {"0": "CT", "1": "PET"}, "labels": LABELS, "file_ending": ".nii.gz"}
 SPACING = (2.5, 0.9, 0.7)
 CASES = ("tube_0", "tube_1", "tube_2")
 
@@ -89,6 +90,7 @@ def model(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "nnUNetTrainerDP_AutoS__P__3d_fullres"
     for fold in range(3):
         (folder / f"fold_{fold}").mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(DATASET_JSON))
     monkeypatch.setattr(nnunet, "model_folder", lambda *found: folder)
     return folder
 
@@ -131,6 +133,22 @@ def test_predict_hands_its_arguments_on_and_refines_the_output(given, calls, mod
 
 def test_without_rules_it_is_refused_before_it_predicts(given, calls):
     with pytest.raises(UsageRefusal, match=r"no refinement rules of fold 0: give --no-morph.*--per-image"):
+        predict(given, refining=True)
+    assert calls == []
+
+
+def test_a_folder_without_images_or_channels_is_refused_before_it_predicts(given, calls, model, images, tmp_path):
+    place(model, rules(KeepLargest()))
+    (images / "tube_1_0001.nii.gz").unlink()
+    with pytest.raises(UsageRefusal, match=r"_0000\.nii\.gz and _0001\.nii\.gz of every case; 1 of 3 cases lack one"):
+        predict(given, refining=True)
+    for file in images.iterdir():
+        file.unlink()
+    (images / "notes.txt").touch()
+    with pytest.raises(UsageRefusal, match=r"images named CASE_0000\.nii\.gz; found 1 other files"):
+        predict(given, refining=True)
+    shutil.rmtree(images)
+    with pytest.raises(UsageRefusal, match="there is no such folder"):
         predict(given, refining=True)
     assert calls == []
 

@@ -65,7 +65,8 @@ def write_volume(image: np.ndarray, file: Path, **geometry) -> None:
 
 
 def description(folder: Path, ending: str, reader: str, **more) -> None:
-    (folder / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ending, **more}))
+    told = {"channel_names": {"0": "CT"}, "labels": LABELS, "file_ending": ending, **more}
+    (folder / "dataset.json").write_text(json.dumps(told))
     (folder / "plans.json").write_text(json.dumps({"image_reader_writer": reader}))
 
 
