@@ -131,13 +131,24 @@ def _folder(part: str) -> Finding:
         return Finding(name, f"{folder} is no folder", False, f"mkdir -p {folder}, or export {name}=FOLDER")
 
     def examine() -> str:
-        os.listdir(folder)
         if part == "raw":
+            os.listdir(folder)
             return f"{folder}, readable"
-        with tempfile.TemporaryFile(dir=folder):
-            return f"{folder}, writable"
+        write_into(folder)
+        return f"{folder}, writable"
 
     return examined(name, examine, f"give yourself the right to read and write {folder}, or export {name}=FOLDER")
+
+
+def write_into(folder: Path) -> None:
+    """Read a folder, and write a file there that is gone at once.
+
+    Raises:
+        OSError: when one of them is not allowed.
+    """
+    os.listdir(folder)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def _trainers() -> Finding:

@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunet_dp import nnunet
 from nnunet_dp.admission import refuse_coupling
-from nnunet_dp.checkup import LEAST_FREE_BYTES, Finding, disk, examined, in_words
+from nnunet_dp.checkup import LEAST_FREE_BYTES, Finding, disk, examined, in_words, write_into
 from nnunet_dp.description import channels, known_labels, read_description
 from nnunet_dp.errors import Refusal, UsageRefusal
 from nnunet_dp.federated.raw_dataset import CaseFiles, case_files, raw_folder
@@ -75,6 +75,7 @@ class DatasetCheckup:
         if patients.ok:
             yield examined("split", self._split, "delete splits_final.json, so that it is made by patient, or mend it")
         yield examined("ledger", self._ledger, "put privacy_ledger.jsonl back from a backup")
+        yield examined("dataset's folders", self._writable, f"give yourself the right to write to {self.folder.name}")
         planning = f"nnunet-dp plan -d {self.dataset} -c {self.configuration or 'CONFIGURATION'} --epsilon 8"
         plans = examined("plans", self._plans, f"{planning}, and name its plans with -p")
         yield plans
@@ -228,6 +229,14 @@ class DatasetCheckup:
             return "none yet: nothing was charged on this dataset"
         note = "; its last line is torn by a crash, the next training sets it aside" if torn else ""
         return f"{len(entries)} lines, the chain holds{note}; `nnunet-dp status FOLD_FOLDER` tells what is left"
+
+    def _writable(self) -> str:
+        """Where ledger, states and models lie; a training would stop there before its first step."""
+        folders = {"preprocessed": self.folder, "results": nnunet.results_folder(self.folder.name)}
+        there = {part: folder for part, folder in folders.items() if folder.is_dir()}
+        for folder in there.values():
+            write_into(folder)
+        return f"{' and '.join(there)}, writable"
 
 
 def _readable(reader: Any, files: CaseFiles, description: dict[str, Any]) -> bool:

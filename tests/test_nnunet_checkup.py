@@ -44,7 +44,7 @@ def findings(plans: str = PRIVATE, configuration: str | None = "2d", cases: int 
 def test_a_sound_dataset_has_no_problem_and_nothing_is_written(place):
     before = {file: file.stat().st_mtime_ns for file in place.root.rglob("*")}
     found = findings()
-    assert [one for one in found.values() if not one.ok] == [] and len(found) == 11
+    assert [one for one in found.values() if not one.ok] == [] and len(found) == 12
     assert {file: file.stat().st_mtime_ns for file in place.root.rglob("*")} == before
     assert "10 units (patient) with 16 cases" in found["patients"].found and "to be made" in found["split"].found
     assert "switch it off" in found["batch dice"].found and "InstanceNorm2d" in found["network"].found
@@ -57,6 +57,23 @@ def test_ordinary_plans_are_fine_and_their_memory_is_not_measured(place):
 
 def test_without_a_configuration_what_depends_on_it_is_left_out(place):
     assert "network" not in findings(configuration=None)
+
+
+@pytest.mark.parametrize("part", ["preprocessed", "results"])
+def test_a_folder_of_the_dataset_that_cannot_be_written_to_is_a_problem(place, monkeypatch, part):
+    locked = place.root / part / place.preprocessed.name
+    locked.mkdir(parents=True, exist_ok=True)
+    assert findings()["dataset's folders"].ok
+    write_into = nnunet_checkup.write_into
+
+    def refuse(folder: Path) -> None:
+        if folder == locked:
+            raise OSError(30, "Read-only file system", str(folder))
+        write_into(folder)
+
+    monkeypatch.setattr(nnunet_checkup, "write_into", refuse)
+    finding = findings()["dataset's folders"]
+    assert not finding.ok and str(locked) in finding.found and locked.name in finding.remedy
 
 
 def test_without_patients_the_unit_is_the_case(place):
