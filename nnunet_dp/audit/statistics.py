@@ -204,8 +204,8 @@ def epsilon_from_rates(counts: Counts, delta: float, confidence: float = 0.95) -
     _require_delta(delta)
     hits, alarms = _limits(counts, confidence)
     ratios = [(hits - delta, alarms), (1 - alarms - delta, 1 - hits)]
-    best = max((math.log(above / below) if below > 0 else LARGEST_EPSILON) for above, below in ratios if above > 0)
-    return min(LARGEST_EPSILON, max(0.0, best))
+    refuted = [math.log(above / below) if below > 0 else LARGEST_EPSILON for above, below in ratios if above > 0]
+    return min(LARGEST_EPSILON, max([0.0, *refuted]))
 
 
 def mu_from_rates(counts: Counts, confidence: float = 0.95) -> float:
