@@ -3,6 +3,7 @@
     python benchmarks/study.py --work WORK layers --repeats 3
     python benchmarks/study.py --work WORK isic2017 --epsilon 8 --rules flat auto_s --repeats 1
     python benchmarks/study.py --work WORK layers --summary
+    python benchmarks/study.py --work WORK layers --plot layers.png
 
 Every run is what a user types: ``nnunet-dp plan``, ``nnunet-dp pretrain``, ``nnUNetv2_train`` of fold 0 with nnU-Net's
 validation of its held-out cases. All rules of one dataset and epsilon share schedule, network and public start; noise
@@ -247,6 +248,29 @@ def _interval(values: np.ndarray, patients: Sequence[int], metric: str) -> tuple
     return float(last.estimate[-1, column]), float(last.low[-1, column]), float(last.high[-1, column])
 
 
+def plot(found: Sequence[Run], file: Path) -> None:
+    """Dice of every run over epsilon: how far rules lie apart, beside how far runs of one rule do."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
+
+    figure = Figure(figsize=(8, 4), layout="tight")
+    axes = figure.subplots()
+    budgets = sorted({each["epsilon"] for each in found})
+    for number, rule in enumerate(TRAINERS):
+        mine = {e: [r for r in found if (r["rule"], r["epsilon"]) == (rule, e)] for e in budgets}
+        told = {e: _means(runs, "none", "dice") for e, runs in mine.items() if runs}
+        beside = 1.06 ** (number - (len(TRAINERS) - 1) / 2)  # of each other, not upon each other
+        dots = [(e * beside, dice) for e, each in told.items() for dice in each]
+        axes.plot(*zip(*dots, strict=True), "o", color=f"C{number}", markersize=4, label=rule)
+        axes.plot([e * beside for e in told], [mean(each) for each in told.values()], color=f"C{number}", linewidth=0.8)
+    axes.set(xscale="log", xlabel="epsilon per patient", ylabel="Dice of a run, lines: mean", ylim=(0, 1))
+    axes.set_xticks(budgets, [f"{e:g}" for e in budgets])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.legend(title="clip rule")
+    FigureCanvasAgg(figure).print_png(file)
+
+
 def compact(each: Run) -> Run:
     """The row without its cases: what docs/results/study.jsonl keeps."""
     shown = {k: v for k, v in each.items() if k not in ("values", "patient")}
@@ -263,12 +287,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--summary", action="store_true", help="only print the tables")
     parser.add_argument("--compact", action="store_true", help="only print a line a run, without its cases")
+    parser.add_argument("--plot", type=Path, help="only draw Dice over epsilon, into this PNG")
     o = parser.parse_args()
     o.work = o.work.resolve()
     o.work.mkdir(parents=True, exist_ok=True)
-    if not (o.summary or o.compact):
+    if not (o.summary or o.compact or o.plot):
         measure(o)
     mine = [each for each in rows(o.work) if each["study"] == o.study]
+    if o.plot:
+        plot(mine, o.plot)
+        return
     print("\n".join(json.dumps(compact(each)) for each in mine) if o.compact else "\n".join(summary(mine)))
 
 
