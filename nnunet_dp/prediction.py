@@ -67,18 +67,22 @@ def _refuse_untrained(model: Path, folds: Sequence[str]) -> None:
 
 
 def _cases(images: Path, ending: str, channels: int) -> list[str]:
-    """Names of the cases in a folder of images; refused where nnU-Net would find none, or too few files of one."""
-    endings = [f"_{channel:04}{ending}" for channel in range(channels)]
+    """Names of the cases in a folder of images; refused where nnU-Net would find none, or fewer files of one.
+
+    A picture holds all its channels in one file, so files are compared between cases, not with the channels.
+    """
     if not images.is_dir():
-        raise UsageRefusal(f"-i {images} should be a folder of images named CASE{endings[0]}; there is no such folder")
+        raise UsageRefusal(f"-i {images} should be a folder of images named CASE_0000{ending}; there is no such folder")
     found = {file.name for file in images.iterdir()}
     cases = nnunet.input_cases(images, ending)
     if not cases:
-        raise UsageRefusal(f"-i {images} should hold images named CASE{endings[0]}; found {len(found)} other files")
-    lacking = sum(any(case + one not in found for one in endings) for case in cases)
+        raise UsageRefusal(f"-i {images} should hold images named CASE_0000{ending}; found {len(found)} other files")
+    endings = [f"_{channel:04}{ending}" for channel in range(channels)]
+    present = [one for one in endings if any(case + one in found for case in cases)] or endings[:1]
+    lacking = sum(any(case + one not in found for one in present) for case in cases)
     if lacking:
         raise UsageRefusal(
-            f"-i {images} should hold {' and '.join(endings)} of every case; {lacking} of {len(cases)} cases lack one"
+            f"-i {images} should hold {' and '.join(present)} of every case; {lacking} of {len(cases)} cases lack one"
         )
     return cases
 

@@ -153,6 +153,13 @@ def test_a_folder_without_images_or_channels_is_refused_before_it_predicts(given
     assert calls == []
 
 
+def test_pictures_hold_all_their_channels_in_one_file(given, model, images):
+    place(model, rules(KeepLargest()))
+    for file in images.glob("*_0001.nii.gz"):
+        file.unlink()
+    assert "Refined 3 predictions" in predict(given, refining=True)
+
+
 def test_without_refinement_it_needs_no_rules_and_changes_nothing(given, predictions, tmp_path):
     assert predict(given, refining=False) == "Not refined."
     assert content(tmp_path / "out") == content(predictions)
