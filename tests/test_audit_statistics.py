@@ -173,13 +173,13 @@ def test_epsilon_of_rates_refutes_no_true_claim_and_catches_a_mechanism_without_
 
 def test_nothing_is_refuted_by_a_coin():
     assert audit.epsilon_from_rates(Counts(50, 100, 50, 100), 1e-5) == 0
+    assert audit.mu_from_rates(Counts(50, 100, 50, 100)) == 0
+    assert audit.epsilon_from_one_run(OneRun(100, 100, 50), 1e-5) == 0
 
 
 @pytest.mark.parametrize("hits, alarms", [(0, 0), (0, 2), (2, 2), (1, 1)])
 def test_hardly_any_trials_refute_nothing(hits, alarms):
     assert audit.epsilon_from_rates(Counts(hits, 2, alarms, 2), 1e-6, 0.9999) == 0
-    assert audit.mu_from_rates(Counts(50, 100, 50, 100)) == 0
-    assert audit.epsilon_from_one_run(OneRun(100, 100, 50), 1e-5) == 0
 
 
 def test_guesses_about_the_extremes_leave_the_middle_alone():
