@@ -177,11 +177,12 @@ def classes_from(dataset_json: Mapping[str, Any]) -> Morphology:
 
     Raises:
         UsageRefusal: for regions without ``regions_class_order``.
+        TypeError, ValueError: for labels that are no integers.
     """
     named = {name: label for name, label in dataset_json["labels"].items() if name not in ("background", "ignore")}
     regions = any(isinstance(label, list | tuple) and len(label) > 1 for label in named.values())
     sets = [integers_of(label) for label in named.values()]
-    order = [int(label) for label in dataset_json.get("regions_class_order", ())]
+    order = [integers_of([label])[0] for label in dataset_json.get("regions_class_order", ())]
     order = order if regions else [labels[0] for labels in sets]
     if len(order) != len(sets):
         raise UsageRefusal(f"dataset.json has {len(sets)} regions and a regions_class_order of {len(order)}: mend it")
