@@ -182,9 +182,7 @@ def rows(work: Path) -> list[Run]:
 
 def summary(found: Sequence[Run]) -> Iterator[str]:
     """Markdown: rules against the baseline, and each refinement against none."""
-    groups: dict[tuple[str, float, str], list[Run]] = {}
-    for each in found:
-        groups.setdefault((each["study"], each["epsilon"], each["rule"]), []).append(each)
+    groups = _groups(found)
     order = sorted(groups, key=lambda key: (key[0], key[1], list(TRAINERS).index(key[2])))
     yield "| dataset | epsilon | rule | runs | Dice | HD95 | NSD | Dice over flat clipping, interval over runs |"
     yield "|---|---|---|---|---|---|---|---|"
@@ -202,6 +200,14 @@ def summary(found: Sequence[Run]) -> Iterator[str]:
         yield f"| {name} | {epsilon:g} | {rule} | {refinement} | {' | '.join(cells)} |"
 
 
+def _groups(found: Sequence[Run]) -> dict[tuple[str, float, str], list[Run]]:
+    """The repeats of each dataset, epsilon and rule."""
+    groups: dict[tuple[str, float, str], list[Run]] = {}
+    for each in found:
+        groups.setdefault((each["study"], each["epsilon"], each["rule"]), []).append(each)
+    return groups
+
+
 def _spread(runs: Sequence[Run], refinement: str, metric: str) -> str:
     """Mean over cases and classes: mean and standard deviation over runs."""
     told = _means(runs, refinement, metric)
@@ -210,8 +216,9 @@ def _spread(runs: Sequence[Run], refinement: str, metric: str) -> str:
 
 
 def _means(runs: Sequence[Run], refinement: str, metric: str) -> list[float]:
-    """Mean over cases and classes of each run."""
-    return [_interval(_values([each], refinement), each["patient"], metric)[0] for each in runs]
+    """Mean over cases, then over classes, of each run."""
+    column = METRICS.index(metric)
+    return [float(np.nanmean(np.nanmean(_values([each], refinement)[..., column], axis=0))) for each in runs]
 
 
 def _between(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
@@ -229,7 +236,10 @@ def _between(mine: Sequence[Run], theirs: Sequence[Run]) -> str:
 def _over_none(runs: Sequence[Run], refinement: str, metric: str) -> str:
     """What a refinement changes on the same predictions; interval over patients."""
     pairs = np.stack([_values(runs, refinement), _values(runs, "none")])
-    middle, low, high = _interval(pairs, [patient for each in runs for patient in each["patient"]], metric)
+    patients = [f"{number:06}" for each in runs for number in each["patient"]]
+    _, _, over = paired_bootstrap(pairs, patients, DRAWS, seed=0)
+    assert over is not None
+    middle, low, high = (each[-1, METRICS.index(metric)] for each in (over.estimate, over.low, over.high))
     return f"{middle:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
@@ -238,18 +248,8 @@ def _values(runs: Sequence[Run], refinement: str) -> np.ndarray:
     return np.concatenate([np.array(each["values"][refinement], float) for each in runs])
 
 
-def _interval(values: np.ndarray, patients: Sequence[int], metric: str) -> tuple[float, float, float]:
-    """Mean over classes of one folder [cases, ...], or of the first minus the second of two; and its interval."""
-    folders = values if values.ndim == 4 else values[None]
-    found = paired_bootstrap(folders, [f"{number:06}" for number in patients], DRAWS, seed=0)
-    last = found[2] if len(folders) == 2 else found[0]
-    assert last is not None
-    column = METRICS.index(metric)
-    return float(last.estimate[-1, column]), float(last.low[-1, column]), float(last.high[-1, column])
-
-
 def plot(found: Sequence[Run], file: Path) -> None:
-    """Dice of every run over epsilon: how far rules lie apart, beside how far runs of one rule do."""
+    """Dice of every run of one dataset over epsilon: how far rules lie apart, beside how far runs of one rule do."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
@@ -257,9 +257,11 @@ def plot(found: Sequence[Run], file: Path) -> None:
     figure = Figure(figsize=(8, 4), layout="tight")
     axes = figure.subplots()
     budgets = sorted({each["epsilon"] for each in found})
+    groups = sorted(_groups(found).items())
     for number, rule in enumerate(TRAINERS):
-        mine = {e: [r for r in found if (r["rule"], r["epsilon"]) == (rule, e)] for e in budgets}
-        told = {e: _means(runs, "none", "dice") for e, runs in mine.items() if runs}
+        told = {e: _means(runs, "none", "dice") for (_, e, one), runs in groups if one == rule}
+        if not told:
+            continue
         beside = 1.06 ** (number - (len(TRAINERS) - 1) / 2)  # of each other, not upon each other
         dots = [(e * beside, dice) for e, each in told.items() for dice in each]
         axes.plot(*zip(*dots, strict=True), "o", color=f"C{number}", markersize=4, label=rule)
